@@ -1,0 +1,1 @@
+"""The PPO policy network: its training, export, evaluation and reports."""

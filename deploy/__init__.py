@@ -1,0 +1,1 @@
+"""The live node: engine, residency, KV, deploy adapter and server."""

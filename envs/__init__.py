@@ -1,0 +1,1 @@
+"""The Gymnasium environment, scalar and batched: observation, action and mask."""

@@ -1,0 +1,96 @@
+"""Files are written whole or not at all: a reader never meets half a file."""
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from mmrl.errors import InputError, MmrlError
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """Open a file that takes its place at path only when the block ends without an exception.
+
+    The text goes to a temporary file beside it, which is synchronised to disk and renamed; on
+    any exception, Ctrl-C included, the temporary file is removed and path stays as it was.
+    Missing parent folders are made. Text is UTF-8 with the line ends as written.
+
+    Args:
+        path: Where the file shall stand.
+        mode: ``"w"`` for text, ``"wb"`` for bytes.
+
+    Yields:
+        The open temporary file.
+
+    Raises:
+        InputError: Nothing can be written at path.
+        MmrlError: The disk is full.
+    """
+    # Written through a link, as open() would: the link itself is not replaced.
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with _not_writable(target):
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # O_EXCL with 0o666: an ordinary new file, with the rights that the umask leaves.
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            encoding, newline = ("utf-8", "") if mode == "w" else (None, None)
+            with open(descriptor, mode, encoding=encoding, newline=newline) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            with _not_writable(target):
+                temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise MmrlError(f"disk full while writing {path}", "free some space and retry") from error
+
+
+def write_json(path: str | Path, obj: object) -> None:
+    """Write obj as indented JSON, atomically; NumPy values become numbers and lists.
+
+    Raises:
+        InputError: Nothing can be written at path.
+        MmrlError: The disk is full.
+        ValueError: obj holds a NaN or an infinity, which JSON does not know.
+    """
+    with atomic_write(path) as file:
+        json.dump(obj, file, indent=2, allow_nan=False, default=_plain)
+        file.write("\n")
+
+
+def _plain(value: object) -> object:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+@contextmanager
+def _not_writable(target: Path) -> Iterator[None]:
+    """Explain why a file cannot be made at target; a full disk is left to the caller."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        # A parent that is a file: mkdir says "file exists" about the parent, not about target.
+        in_a_file = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "its folder is a file" if in_a_file else (error.strerror or str(error)).lower()
+        raise InputError(
+            f"cannot write {target}: {reason}", "choose another place or correct its rights"
+        ) from error

@@ -1,0 +1,304 @@
+"""Verbs on models: their numbers, when they are legal, and what they do at once.
+
+Section 8 of ``docs/semantics.md``. One number is one action: 0 is WAIT, ``1 + m * V + v`` is verb ``v``
+of the verb set's ``V`` on model ``m``.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from mmrl.node.jit import jit
+from mmrl.node.memory import (
+    at_rest,
+    computes,
+    drop_from,
+    evict,
+    free_bytes,
+    gdsf_victim,
+    grant,
+    grant_waiting,
+    has_work,
+    idle_bytes,
+    lacks_weights,
+    promised_bytes,
+    promised_to,
+    release,
+    releasing_bytes,
+    releasing_from,
+    weight_bytes,
+)
+from mmrl.node.requests import (
+    admission_blocks,
+    head_request,
+    join_restored,
+    restore_saved,
+    suspend,
+)
+from mmrl.node.state import DECODE_STEP, IDLE, SAVED, Nodes, Record
+
+VERBS = (
+    "out",
+    "level0",
+    "level25",
+    "level50",
+    "level75",
+    "level100",
+    "pause",
+    "resume",
+    "focus",
+)
+OUT, LEVEL_0, LEVEL_25, LEVEL_50, LEVEL_75, LEVEL_100, PAUSE, RESUME, FOCUS = range(9)
+LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
+WAIT = 0
+
+CORE_VERBS = (OUT, LEVEL_100, PAUSE, RESUME)
+FULL_VERBS = tuple(range(9))
+VERB_SETS = {"core": CORE_VERBS, "full": FULL_VERBS}
+
+_CORE = np.array(CORE_VERBS)
+# Residency, run, focus: each group once per model and instant (bits of NODE.acted).
+_GROUP_BIT = np.array([1, 1, 1, 1, 1, 1, 2, 2, 4], dtype=np.int8)
+
+
+@jit
+def verb_count(full_verbs: int) -> int:
+    """Return V, the number of verbs in the verb set."""
+    return 9 if full_verbs else 4
+
+
+def verb_names(full_verbs: bool) -> tuple[str, ...]:
+    """Return the names of the verbs of a verb set, in the order of the actions."""
+    return tuple(VERBS[v] for v in VERB_SETS["full" if full_verbs else "core"])
+
+
+@jit
+def verb_at(full_verbs: int, place: int) -> int:
+    """Return the verb (index into VERBS) at a place of the verb set."""
+    return int(place if full_verbs else _CORE[place])
+
+
+@jit
+def encode(full_verbs: int, m: int, verb: int) -> int:
+    """Return the action that is ``verb`` (index into VERBS) on model ``m``.
+
+    The verb must be in the verb set.
+    """
+    if full_verbs:
+        return 1 + m * 9 + verb
+    place = 0
+    while _CORE[place] != verb:
+        place += 1
+    return 1 + m * 4 + place
+
+
+@jit
+def decode(full_verbs: int, action: int) -> tuple[int, int]:
+    """Return (model, verb index into VERBS) of an action other than WAIT."""
+    count = verb_count(full_verbs)
+    return (action - 1) // count, verb_at(full_verbs, (action - 1) % count)
+
+
+@jit
+def level_pieces(s: Record, m: int, verb: int) -> int:
+    """Return the pieces of model ``m`` at a level verb: ``1 + ceil(level * L)``."""
+    layers = s.pieces[m] - 1
+    return int(1 + (layers * (verb - LEVEL_0) + 3) // 4)
+
+
+@jit
+def waiting_kv_bytes(s: Record, r: Nodes, m: int) -> int:
+    """Return the KV bytes of the first request that model ``m`` would serve."""
+    if s.saved[m] > 0:
+        for k in range(s.begun_len[m]):
+            if r[s.begun[m, k]].state == SAVED:
+                return int(r[s.begun[m, k]].blocks * s.block_bytes[m])
+    if s.queue_len[m] > 0:
+        return int(admission_blocks(r, head_request(s, r, m)) * s.block_bytes[m])
+    return 0
+
+
+@jit
+def missing_bytes(s: Record, r: Nodes, m: int, pieces: int) -> int:
+    """Return what model ``m`` needs to hold ``pieces`` pieces and the KV of its next request."""
+    need = weight_bytes(s, m, pieces) - weight_bytes(s, m, s.granted[m])
+    return max(0, need) + waiting_kv_bytes(s, r, m)
+
+
+@jit
+def room_bytes(s: Record, r: Nodes, m: int) -> int:
+    """Return what model ``m`` can have without evicting: free and releasing, less promised."""
+    return (
+        free_bytes(s)
+        + releasing_bytes(s, r)
+        - releasing_from(s, r, m)
+        - promised_bytes(s)
+        + promised_to(s, m)
+    )
+
+
+@jit
+def fits(s: Record, r: Nodes, m: int, pieces: int) -> bool:
+    """Return whether ``pieces`` pieces of model ``m`` fit, after evicting idle models."""
+    if pieces <= s.granted[m]:
+        return True
+    return bool(missing_bytes(s, r, m, pieces) <= room_bytes(s, r, m) + idle_bytes(s, m))
+
+
+@jit
+def others_lack_weights(s: Record, m: int) -> bool:
+    """Return whether a model other than ``m`` is out while somebody waits for it."""
+    for k in range(s.n_models):
+        if k != m and lacks_weights(s, k):
+            return True
+    return False
+
+
+@jit
+def legal(s: Record, r: Nodes, m: int, verb: int) -> bool:
+    """Return whether ``verb`` (index into VERBS) on model ``m`` is legal now."""
+    if m >= s.n_models or s.acted[m] & _GROUP_BIT[verb]:
+        return False
+    if verb == RESUME:
+        return bool(s.paused[m] == 1)
+    if verb == OUT or verb == PAUSE:
+        if s.target[m] == 0 or (verb == PAUSE and (s.paused[m] == 1 or not has_work(s, m))):
+            return False
+        return bool(s.full_verbs == 1 or others_lack_weights(s, m))
+    if verb == FOCUS:
+        return bool(s.full_verbs == 1 and (has_work(s, m) or s.focus == m))
+    if s.full_verbs == 0:
+        if verb != LEVEL_100 or s.target[m] > 0:
+            return False
+        if s.prefetch == 0 and not has_work(s, m):
+            return False
+    pieces = level_pieces(s, m, verb)
+    return bool(pieces != s.target[m] and fits(s, r, m, pieces))
+
+
+@jit
+def legal_actions(s: Record, r: Nodes, mask: npt.NDArray[np.bool_]) -> bool:
+    """Write which actions are legal into ``mask`` (bool[A]); return whether one is, but WAIT."""
+    mask[:] = False
+    mask[WAIT] = True
+    some = False
+    count = verb_count(s.full_verbs)
+    for m in range(s.n_models):
+        for place in range(count):
+            if legal(s, r, m, verb_at(s.full_verbs, place)):
+                mask[1 + m * count + place] = True
+                some = True
+    return some
+
+
+@jit
+def some_verb_legal(s: Record, r: Nodes) -> bool:
+    """Return whether an action other than WAIT is legal."""
+    for m in range(s.n_models):
+        for place in range(verb_count(s.full_verbs)):
+            if legal(s, r, m, verb_at(s.full_verbs, place)):
+                return True
+    return False
+
+
+@jit
+def abandon_link_bound(s: Record, m: int) -> None:
+    """Abandon the link-bound iteration in flight if it is of model ``m``."""
+    if s.lb_kind == IDLE or s.lb_model != m:
+        return
+    if s.lb_computed:
+        s.lb_kind = IDLE
+        s.lb_layers = 0
+        s.abandoned[m] += 1
+    else:
+        s.lb_abandoned = 1
+
+
+@jit
+def set_target(s: Record, m: int, pieces: int) -> None:
+    """Set the target of model ``m`` and queue its grant or its load; surplus goes at rest."""
+    abandon_link_bound(s, m)
+    s.target[m] = pieces
+    if pieces > s.granted[m]:
+        if s.grant_len == 0 and promised_to(s, m) <= free_bytes(s):
+            grant(s, m)
+            return
+        for k in range(s.grant_len):
+            if s.grant_queue[k] == m:
+                return
+        s.grant_queue[s.grant_len] = m
+        s.grant_len += 1
+        return
+    s.grant_len = drop_from(s.grant_queue, s.grant_len, m)
+    if s.landed[m] >= pieces:
+        s.load_len = drop_from(s.load_queue, s.load_len, m)
+        return
+    for k in range(s.load_len):
+        if s.load_queue[k] == m:
+            return
+    s.load_queue[s.load_len] = m
+    s.load_len += 1
+
+
+@jit
+def step_in_flight(s: Record, m: int) -> bool:
+    """Return whether a decode step of model ``m`` computes or waits for its bytes."""
+    return bool(
+        (s.gpu_kind == DECODE_STEP and s.gpu_model == m)
+        or (s.lb_kind == DECODE_STEP and s.lb_model == m)
+    )
+
+
+@jit
+def settle_memory(s: Record, r: Nodes) -> None:
+    """Do what memory allows at this instant: join, suspend, release, grant, restore (step 6)."""
+    if s.focus >= 0 and not has_work(s, s.focus):
+        s.focus = -1
+    for m in range(s.n_models):
+        if s.joining[m] > 0 and not step_in_flight(s, m):
+            join_restored(s, r, m)
+        if s.target[m] == 0 and s.begun_len[m] > 0 and not computes(s, m):
+            suspend(s, r, m)
+        if s.granted[m] > s.target[m] and at_rest(s, m):
+            release(s, m)
+    grant_waiting(s)
+    for m in range(s.n_models):
+        if s.saved[m] > 0 and s.paused[m] == 0 and s.granted[m] >= s.target[m] >= 1:
+            restore_saved(s, r, m)
+
+
+@jit
+def put_out(s: Record, m: int) -> None:
+    """Take the weights of model ``m`` away: suspension and release follow when it is at rest."""
+    s.paused[m] = 0
+    set_target(s, m, 0)
+
+
+@jit
+def apply(s: Record, r: Nodes, action: int) -> bool:
+    """Apply a legal verb and settle memory; return False for WAIT and illegal actions (counted)."""
+    if action == WAIT:
+        return False
+    m, verb = decode(s.full_verbs, action)
+    if action < 0 or not legal(s, r, m, verb):
+        s.illegal_actions += 1
+        return False
+    s.acted[m] |= _GROUP_BIT[verb]
+    s.actions[verb] += 1
+    if verb == OUT:
+        s.outs[m] += 1
+        put_out(s, m)
+    elif verb == PAUSE:
+        s.paused[m] = 1
+    elif verb == RESUME:
+        s.paused[m] = 0
+    elif verb == FOCUS:
+        s.focus = -1 if s.focus == m else m
+    else:
+        pieces = level_pieces(s, m, verb)
+        if pieces > s.granted[m]:
+            need = missing_bytes(s, r, m, pieces)
+            while need > room_bytes(s, r, m):
+                evict(s, gdsf_victim(s, m))
+        set_target(s, m, pieces)
+    settle_memory(s, r)
+    return True

@@ -1,7 +1,7 @@
 """Verbs on models: their numbers, when they are legal, and what they do at once.
 
-Section 8 of ``docs/semantics.md``. One number is one action: 0 is WAIT, ``1 + m * V + v`` is verb ``v``
-of the verb set's ``V`` on model ``m``.
+Section 8 of ``docs/semantics.md``. One number is one action: 0 is WAIT, ``1 + m * V + v`` is verb
+``v`` of the verb set's ``V`` on model ``m``.
 """
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from mmrl.node.jit import jit
 from mmrl.node.memory import (
+    append_once,
     at_rest,
     computes,
     drop_from,
@@ -19,6 +20,7 @@ from mmrl.node.memory import (
     grant_waiting,
     has_work,
     idle_bytes,
+    keep_load_queue,
     lacks_weights,
     promised_bytes,
     promised_to,
@@ -205,12 +207,11 @@ def abandon_link_bound(s: Record, m: int) -> None:
     """Abandon the link-bound iteration in flight if it is of model ``m``."""
     if s.lb_kind == IDLE or s.lb_model != m:
         return
+    s.lb_abandoned = 1
+    s.lb_layers = 0
     if s.lb_computed:
         s.lb_kind = IDLE
-        s.lb_layers = 0
         s.abandoned[m] += 1
-    else:
-        s.lb_abandoned = 1
 
 
 @jit
@@ -218,25 +219,13 @@ def set_target(s: Record, m: int, pieces: int) -> None:
     """Set the target of model ``m`` and queue its grant or its load; surplus goes at rest."""
     abandon_link_bound(s, m)
     s.target[m] = pieces
-    if pieces > s.granted[m]:
-        if s.grant_len == 0 and promised_to(s, m) <= free_bytes(s):
-            grant(s, m)
-            return
-        for k in range(s.grant_len):
-            if s.grant_queue[k] == m:
-                return
-        s.grant_queue[s.grant_len] = m
-        s.grant_len += 1
-        return
-    s.grant_len = drop_from(s.grant_queue, s.grant_len, m)
-    if s.landed[m] >= pieces:
-        s.load_len = drop_from(s.load_queue, s.load_len, m)
-        return
-    for k in range(s.load_len):
-        if s.load_queue[k] == m:
-            return
-    s.load_queue[s.load_len] = m
-    s.load_len += 1
+    if pieces <= s.granted[m]:
+        s.grant_len = drop_from(s.grant_queue, s.grant_len, m)
+    elif s.grant_len == 0 and promised_to(s, m) <= free_bytes(s):
+        grant(s, m)
+    else:
+        s.grant_len = append_once(s.grant_queue, s.grant_len, m)
+    keep_load_queue(s, m)
 
 
 @jit

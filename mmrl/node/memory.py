@@ -101,7 +101,11 @@ def lacks_weights(s: Record, m: int) -> bool:
 def is_idle(s: Record, m: int) -> bool:
     """Return whether model ``m`` holds weights that nobody uses and may be evicted at once."""
     return bool(
-        s.target[m] > 0 and s.granted[m] == s.target[m] and not has_work(s, m) and at_rest(s, m)
+        s.target[m] > 0
+        and s.granted[m] == s.target[m]
+        and s.landed[m] == s.target[m]
+        and not has_work(s, m)
+        and not computes(s, m)
     )
 
 
@@ -189,16 +193,30 @@ def could_take_blocks(s: Record, m: int, blocks: int) -> bool:
 
 
 @jit
+def append_once(queue: npt.NDArray[np.int32], length: int, value: int) -> int:
+    """Append ``value`` to ``queue[:length]`` unless it is in it; return the new length."""
+    for k in range(length):
+        if queue[k] == value:
+            return length
+    queue[length] = value
+    return length + 1
+
+
+@jit
+def keep_load_queue(s: Record, m: int) -> None:
+    """Put model ``m`` into the load queue or out of it: it is in while a piece is missing."""
+    if s.landed[m] < min(s.target[m], s.granted[m]):
+        s.load_len = append_once(s.load_queue, s.load_len, m)
+    else:
+        s.load_len = drop_from(s.load_queue, s.load_len, m)
+
+
+@jit
 def grant(s: Record, m: int) -> None:
     """Take the memory of the target of model ``m`` and queue its missing pieces for the link."""
     s.granted[m] = s.target[m]
     s.load_begun[m] = 0
-    if s.landed[m] < s.target[m]:
-        for k in range(s.load_len):
-            if s.load_queue[k] == m:
-                return
-        s.load_queue[s.load_len] = m
-        s.load_len += 1
+    keep_load_queue(s, m)
 
 
 @jit

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmrl.node.jit import jit
-from mmrl.node.memory import count_use, could_take_blocks, drop_from, take_blocks
+from mmrl.node.memory import could_take_blocks, count_use, drop_from, take_blocks
 from mmrl.node.state import (
     BATCH_LIMIT,
     BLOCK_TOKENS,

@@ -1,9 +1,9 @@
 """The compiled simulator: time, the link, the device, and the instants of a node.
 
-Sections 4, 6 and 7 of ``docs/semantics.md`` over the arrays of ``mmrl.node.state``. Two shortcuts make it
-fast without changing any instant that matters: runs of decode steps of the resident models are
-advanced in whole round-robin cycles (``run_cycles``), and pieces of a load that nobody waits for
-land when they are next looked at (``link_event_ns``, ``catch_up``).
+Sections 4, 6 and 7 of ``docs/semantics.md`` over the arrays of ``mmrl.node.state``. Two shortcuts
+make it fast without changing any instant that matters: runs of decode steps of the resident models
+are advanced in whole round-robin cycles (``run_cycles``), and pieces of a load that nobody waits
+for land when they are next looked at (``link_event_ns``, ``catch_up``).
 """
 
 import numpy as np
@@ -18,10 +18,12 @@ from mmrl.node.actions import (
     some_verb_legal,
 )
 from mmrl.node.jit import jit
-from mmrl.node.memory import drop_from, has_work, take_blocks
+from mmrl.node.memory import has_work, keep_load_queue, take_blocks
+from mmrl.node.observe import RATE_LONG_S, RATE_SHORT_S
 from mmrl.node.requests import (
     admit,
     can_admit,
+    can_meet_ttft,
     ceil_div,
     change_batch,
     change_urgency,
@@ -60,9 +62,6 @@ from mmrl.node.state import (
     Record,
 )
 from mmrl.profiles.costs import decode_ns, prefill_chunk_ns
-
-RATE_SHORT_S = 10.0  # horizons of the two arrival-rate averages
-RATE_LONG_S = 60.0
 
 
 @jit
@@ -115,7 +114,7 @@ def start_load_piece(s: Record, m: int, start_ns: int) -> None:
 
 @jit
 def start_h2d(s: Record, r: Nodes) -> None:
-    """Start the next transfer host to device, if there is one: restore, or stream and load in turn."""
+    """Start the next transfer host to device: restore, else stream and load in turn."""
     duration = 0
     if s.restore_len > 0:
         i = s.restore_queue[0]
@@ -155,8 +154,7 @@ def land_piece(s: Record) -> None:
     s.landed[m] += 1
     s.h2d_kind = LINK_IDLE
     s.h2d_end_ns = NEVER
-    if s.landed[m] >= min(s.target[m], s.granted[m]):
-        s.load_len = drop_from(s.load_queue, s.load_len, m)
+    keep_load_queue(s, m)
 
 
 @jit
@@ -263,9 +261,15 @@ def catch_up(s: Record, now_ns: int) -> None:
 
 
 @jit
-def would_prefill(s: Record, r: Nodes, m: int) -> bool:
+def has_prefill(s: Record, r: Nodes, m: int) -> bool:
     """Return whether model ``m`` has a prefill to compute: one begun, or a head to admit."""
     return bool(s.prefilling[m] >= 0 or can_admit(s, r, m))
+
+
+@jit
+def decodes_next(s: Record, m: int) -> bool:
+    """Return whether a decode step of model ``m`` goes before its next prefill chunk."""
+    return bool(s.decode_due[m] == 1 and s.decoding[m] > 0)
 
 
 @jit
@@ -291,13 +295,13 @@ def least_generated(s: Record, r: Nodes, m: int) -> int:
 def choose_model(s: Record, r: Nodes, ready: npt.NDArray[np.int8]) -> int:
     """Return the runnable model that gets the device, or -1.
 
-    ``ready[m]`` is written: 0 not runnable, 1 decodes, 2 would prefill (and may decode).
+    ``ready[m]`` is written: 0 not runnable, 1 only decodes, 2 has a prefill (and may decode first).
     """
     some = False
     for m in range(s.n_models):
         ready[m] = 0
         if runnable(s, m):
-            if would_prefill(s, r, m):
+            if has_prefill(s, r, m):
                 ready[m] = 2
                 some = True
             elif s.decoding[m] > 0:
@@ -311,10 +315,10 @@ def choose_model(s: Record, r: Nodes, ready: npt.NDArray[np.int8]) -> int:
     if s.dispatch == DISPATCH_EDF:
         earliest = NEVER
         for m in range(s.n_models):
-            if ready[m] == 2:
+            if ready[m] == 2 and not decodes_next(s, m):
                 i = s.prefilling[m] if s.prefilling[m] >= 0 else head_request(s, r, m)
                 deadline = r[i].arrival_ns + r[i].ttft_ns
-                if r[i].first_ns < 0 and s.now_ns <= deadline and deadline < earliest:
+                if can_meet_ttft(s, r[i]) and deadline < earliest:
                     earliest = deadline
                     chosen = m
         if chosen >= 0:
@@ -325,7 +329,8 @@ def choose_model(s: Record, r: Nodes, ready: npt.NDArray[np.int8]) -> int:
         if ready[m] > 0:
             if s.dispatch != DISPATCH_LAS:
                 return m
-            attained = 0 if ready[m] == 2 else least_generated(s, r, m)
+            prefills = ready[m] == 2 and not decodes_next(s, m)
+            attained = 0 if prefills else least_generated(s, r, m)
             if chosen < 0 or attained < least:
                 least = attained
                 chosen = m
@@ -376,7 +381,7 @@ def start_iteration(
 ) -> bool:
     """Start the next iteration of a runnable model; False if its batch dissolved instead."""
     link_bound = s.landed[m] < s.pieces[m]
-    decodes = s.decoding[m] > 0 and (s.decode_due[m] == 1 or not would_prefill(s, r, m))
+    decodes = decodes_next(s, m) or not has_prefill(s, r, m)
     tokens = 0
     if decodes:
         if s.seg_left[m] == 0 and not settle_batch(s, r, m, decode_tables):
@@ -489,8 +494,9 @@ def end_link_bound(s: Record, r: Nodes) -> None:
 def run_cycles(s: Record, r: Nodes, ready: npt.NDArray[np.int8], until_ns: int) -> None:
     """Advance whole round-robin cycles of decode steps during which nothing else can happen.
 
-    Applies when every runnable model only decodes, within its segment. Stops before a sequence finishes, a
-    segment ends, a waiting head expires (which could change what can be admitted) and ``until_ns``.
+    Applies when every runnable model only decodes, within its segment. Stops before a sequence
+    finishes, a segment ends, a waiting head expires (which could change what can be admitted) and
+    ``until_ns``.
     """
     if s.dispatch == DISPATCH_LAS:
         return

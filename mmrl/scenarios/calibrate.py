@@ -1,0 +1,106 @@
+"""Find the utilisation at which a scenario's load is 1: there the slack rule's goodput is .90.
+
+The crossing is bracketed, then a straight line is fitted to goodput over the logarithm of some
+utilisations around it. Every one is tried on the same development seeds, but a small change of the
+rate makes other episodes of them: the line averages the noise that a bisection would end in.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from mmrl.errors import InputError
+from mmrl.node.state import DONE, MISS_NONE
+from mmrl.scenarios.schema import Scenario
+from mmrl.scenarios.seeds import episode_rng
+
+RULE = "slack"
+GOODPUT = 0.9
+LEAST, MOST = 1 / 64, 64.0  # utilisations between which load 1 must lie
+POINTS = 9  # utilisations behind the fitted line
+BEYOND = 1.1  # how far they reach over the bracket
+
+
+def goodput_at(scenario: Scenario, utilisation: float, episodes: int) -> float:
+    """Return the slack rule's mean goodput over development episodes at load 1.
+
+    Args:
+        scenario: What to play; its load and utilisation are replaced.
+        utilisation: Offered seconds of service alone per second.
+        episodes: How many, the first of the split; those without requests do not count.
+    """
+    from mmrl.rollout import run_rule
+    from mmrl.rules import get_rule
+    from mmrl.sim.batch import Simulator
+
+    at_load_1 = scenario.model_copy(
+        update={"utilisation_at_load_1": utilisation, "load": (1.0, 1.0)}
+    )
+    simulator = Simulator(at_load_1.sampler(), episodes)
+    for i in range(episodes):
+        simulator.reset(i, episode_rng("dev", i))
+    run_rule(simulator, get_rule(RULE))
+    shares = []
+    for node, requests in zip(simulator.nodes, simulator.requests, strict=True):
+        if (n := int(node.n_requests)) > 0:
+            good = (requests.state[:n] == DONE) & (requests.miss[:n] == MISS_NONE)
+            shares.append(float(good.mean()))
+    return float(np.mean(shares)) if shares else 1.0
+
+
+def calibrate(
+    scenario: Scenario,
+    goodput: Callable[[Scenario, float], float],
+    report: Callable[[float, float], None],
+) -> tuple[float, float]:
+    """Find the utilisation at which the goodput falls through `GOODPUT`.
+
+    Args:
+        scenario: The scenario; the search starts at its present utilisation.
+        goodput: Goodput of a scenario at a utilisation, falling on the whole.
+        report: Told each utilisation tried and its goodput.
+
+    Returns:
+        (utilisation, rounded to three digits, and the goodput there).
+
+    Raises:
+        InputError: The goodput is below at the lightest load or above at the heaviest.
+    """
+
+    def enough(utilisation: float) -> bool:
+        reached = goodput(scenario, utilisation)
+        report(utilisation, reached)
+        return reached >= GOODPUT
+
+    low = high = min(max(scenario.utilisation_at_load_1, LEAST), MOST)
+    if enough(low):
+        while enough(high := 2 * low):
+            low = high
+            if low > MOST:
+                raise InputError(
+                    f"scenario '{scenario.name}': goodput stays above {GOODPUT:g} at any load",
+                    "tighten its targets or lower its budget",
+                )
+    else:
+        while not enough(low := high / 2):
+            high = low
+            if high < LEAST:
+                raise InputError(
+                    f"scenario '{scenario.name}': goodput stays below {GOODPUT:g} at any load",
+                    "loosen its targets or raise its budget",
+                )
+    middle = math.sqrt(low * high)
+    low, high = (middle, high) if enough(middle) else (low, middle)
+    tried = np.geomspace(low / BEYOND, high * BEYOND, POINTS)
+    reached = [goodput(scenario, float(utilisation)) for utilisation in tried]
+    for point in zip(tried.tolist(), reached, strict=True):
+        report(*point)
+    slope, level = np.polyfit(np.log(tried), reached, 1)
+    if slope >= 0:
+        raise InputError(
+            f"scenario '{scenario.name}': goodput does not fall with the load",
+            "play more episodes",
+        )
+    found = float(f"{math.exp((GOODPUT - level) / slope):.3g}")
+    return found, goodput(scenario, found)

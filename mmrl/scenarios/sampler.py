@@ -1,0 +1,348 @@
+"""`EpisodeSampler`: draws the episodes of one scenario into the arrays of a node.
+
+Everything that does not change between episodes (profiles, tables, which models fit where) is
+prepared once; a draw assigns rows of it and samples the requests in compiled code. Each draw
+takes its random numbers in the same order, so that fixing the load changes nothing else.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmrl.errors import InputError, unknown
+from mmrl.node.state import DISPATCHES, MAX_MODELS, new_nodes, new_requests
+from mmrl.scenarios.bank import LOAD_FIELDS, OTHER_FIELDS, STREAM_FIELDS, CostBank
+from mmrl.scenarios.requests import FleetCosts
+from mmrl.scenarios.schema import Scenario
+from mmrl.scenarios.sources import (
+    GeneratedRequests,
+    RecordedRequests,
+    longest_tokens,
+    play,
+    unique_names,
+)
+from mmrl.workloads.trace import Trace
+
+LARGEST_SHARE = 1.08  # a drawn budget is at least so many times the largest model's weights ...
+LARGEST_EXTRA_BYTES = 2 * 10**9  # ... and this, for its KV cache
+OPTION_LOAD = 1.5  # options may ask for a load up to this, or up to the scenario's highest
+PROBES = 128  # episodes drawn to learn how many requests an episode can have
+PROBE_ROWS = 2**16
+CAPACITY_MARGIN = 2  # times the most that those episodes had
+OPTIONS = ("load", "trace")
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeInfo:
+    """What an episode is, apart from its requests.
+
+    Attributes:
+        scenario: Name of the scenario.
+        platform: Name of the platform.
+        model_names: The fleet; a second model of the same architecture is ``name#2``.
+        budget_gb: Device memory.
+        load: Load, 1 as defined by the scenario.
+        rate_per_s: Mean rate of the requests' source, all models together.
+        requests: How many requests the episode has.
+        dropped: Requests for which the table had no room.
+    """
+
+    scenario: str
+    platform: str
+    model_names: tuple[str, ...]
+    budget_gb: float
+    load: float
+    rate_per_s: float
+    requests: int
+    dropped: int
+
+
+class EpisodeSampler:
+    """Draws episodes of a scenario.
+
+    Args:
+        scenario: What to draw.
+
+    Raises:
+        InputError: A platform, model or trace is unknown or wrong, or a model can never fit.
+
+    Attributes:
+        scenario: The scenario.
+        bank: Its profiles as arrays.
+        decode_tables: float64[P, 65, 33], seconds; a node's ``profile`` is the row.
+        prefill_tables: float64[P, 257], seconds.
+        max_models: The most models that an episode has.
+        full_verbs: Whether the verb set is ``full``.
+        capacity: Rows that a request table needs.
+        rates_at_load_1: Lowest, median and highest mean rate per second at load 1, over fleets
+            and workloads.
+    """
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        models = scenario.fleet.choose_from if scenario.fleet else scenario.models or ()
+        self.bank = CostBank.read(scenario.platform, tuple(dict.fromkeys(models)))
+        self.decode_tables = self.bank.decode_tables
+        self.prefill_tables = self.bank.prefill_tables
+        self.max_models = scenario.largest_fleet
+        self.full_verbs = scenario.verbs == "full"
+        self._row_names = [profile.model for profile in self.bank.profiles]
+        self._source: GeneratedRequests | RecordedRequests
+        if scenario.trace is not None:
+            self._source = RecordedRequests(scenario.trace, scenario, self.bank)
+        else:
+            assert scenario.workload is not None
+            self._source = GeneratedRequests(scenario.workload, scenario, self.bank)
+        self._constants = {field: self.bank.constants[field] for field in OTHER_FIELDS}
+        self._load_ns = np.stack([self.bank.constants[field] for field in LOAD_FIELDS])
+        self._stream_ns = np.stack([self.bank.constants[field] for field in STREAM_FIELDS])
+        self._choices = [self._rows_to_choose(k) for k in range(len(scenario.platform))]
+        self._required = [self._rows_required(rows) for rows in self._choices]
+        self.capacity, self.rates_at_load_1 = self._probe()
+
+    def rows(self, platform: int) -> NDArray[np.int64]:
+        """Return the rows of the fixed fleet on a platform, or those that are drawn there."""
+        return self._choices[platform]
+
+    @property
+    def trace_notes(self) -> tuple[str, ...]:
+        """What was done to the scenario's trace for the largest fleet; empty without a trace."""
+        if isinstance(self._source, RecordedRequests):
+            return self._source.notes(self.max_models)
+        return ()
+
+    # ------------------------------------------------------------------ drawing an episode
+
+    def draw(
+        self,
+        rng: np.random.Generator,
+        node: np.record,
+        requests: np.recarray,
+        options: Mapping[str, Any] | None = None,
+    ) -> EpisodeInfo:
+        """Draw an episode: fill a node's numbers and constants, and the rows of its requests.
+
+        Args:
+            rng: Where every draw comes from.
+            node: A zeroed record of NODE.
+            requests: recarray[R >= capacity] of REQUEST; rows after the episode's stay as
+                they are.
+            options: ``load`` fixes the load; ``trace``, a `Trace` over as many models as the
+                fleet has, is played as it is, from its start.
+
+        Raises:
+            InputError: An option is unknown or does not suit the scenario.
+        """
+        scenario = self.scenario
+        load, trace = self._read_options(options)
+        uniform = rng.random(4 + MAX_MODELS)
+        if load is None:
+            low, high = scenario.load
+            load = low + (high - low) * float(uniform[0])
+        platform = int(uniform[1] * len(scenario.platform))
+        rows = self._draw_fleet(rng, platform, uniform[3:])
+        budget = self._budget_bytes(platform, rows, uniform[2])
+        scale = np.ones((4, len(rows)))
+        if scenario.jitter:
+            scale += scenario.jitter * (2 * rng.random((4, len(rows))) - 1)
+        self._fill_node(node, platform, rows, budget, scale)
+
+        costs = FleetCosts(rows, self.decode_tables, self.prefill_tables, scale[0], scale[1])
+        if trace is None:
+            utilisation = load * scenario.utilisation_at_load_1
+            filled = self._source.fill(rng, utilisation, costs, requests)
+        else:
+            self._check_fit(platform, rows, budget, longest_tokens(trace))
+            filled = play(trace, scenario.duration_s, costs, scenario.targets.numbers, requests)
+            service_s = requests["isolated_ns"][: filled.requests].sum() / 1e9
+            load = float(service_s) / scenario.duration_s / scenario.utilisation_at_load_1
+        node["n_requests"] = filled.requests
+        return EpisodeInfo(
+            scenario.name,
+            self.bank.platforms[platform].name,
+            unique_names(tuple(self._row_names[row] for row in rows.tolist())),
+            budget / 1e9,
+            load,
+            filled.rate_per_s,
+            filled.requests,
+            filled.dropped,
+        )
+
+    def _read_options(self, options: Mapping[str, Any] | None) -> tuple[float | None, Trace | None]:
+        if not options:
+            return None, None
+        for key in options:
+            if key not in OPTIONS:
+                raise unknown("reset option", key, OPTIONS)
+        load = options.get("load")
+        if load is not None and not 0 < load <= self._highest_load:
+            raise InputError(
+                f"option load is {load:g}, not above 0 and up to {self._highest_load:g}",
+                "override the scenario's load instead",
+            )
+        return load, options.get("trace")
+
+    @property
+    def _highest_load(self) -> float:
+        return max(OPTION_LOAD, self.scenario.load[1])
+
+    def _draw_fleet(
+        self, rng: np.random.Generator, platform: int, uniform: NDArray[np.float64]
+    ) -> NDArray[np.int64]:
+        """Return the rows of a fleet's models; uniform is float64[1 + MAX_MODELS]."""
+        if self.scenario.fleet is None:
+            return self._choices[platform]
+        low, high = self.scenario.fleet.size
+        models = low + int(uniform[0] * (high - low + 1))
+        choices, required = self._choices[platform], self._required[platform]
+        rows = choices[(uniform[1 : 1 + models] * len(choices)).astype(np.int64)]
+        if len(required) and not set(required.tolist()) & set(rows.tolist()):
+            rows[int(rng.random() * models)] = required[int(rng.random() * len(required))]
+        return rows
+
+    def _budget_bytes(self, platform: int, rows: NDArray[np.int64], uniform: float) -> int:
+        scenario = self.scenario
+        if scenario.budget_gb is not None:
+            return round(scenario.budget_gb * 1e9)
+        assert scenario.budget_fraction is not None
+        low, high = scenario.budget_fraction
+        wanted = round(
+            (low + (high - low) * float(uniform)) * int(self.bank.weight_bytes[rows].sum())
+        )
+        least = int(self._least_budgets(rows).max())
+        return min(self.bank.platforms[platform].usable_bytes, max(wanted, least))
+
+    def _least_budgets(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the least budget that is drawn for each model of a fleet, int64[M]."""
+        needed = self.bank.needed_bytes(rows, self.full_verbs, self._source.longest_tokens)
+        if self.full_verbs:
+            return needed
+        comfortable = np.rint(LARGEST_SHARE * self.bank.weight_bytes[rows]) + LARGEST_EXTRA_BYTES
+        least: NDArray[np.int64] = np.maximum(needed, comfortable.astype(np.int64))
+        return least
+
+    def _fill_node(
+        self,
+        node: np.record,
+        platform: int,
+        rows: NDArray[np.int64],
+        budget_bytes: int,
+        scale: NDArray[np.float64],
+    ) -> None:
+        """Write numbers and constants; scale is float64[4, M]: decode, prefill, load, stream."""
+        scenario, models = self.scenario, len(rows)
+        host_kv = scenario.host_kv_gb
+        node["n_models"] = models
+        node["horizon_ns"] = round((scenario.duration_s + scenario.drain_s) * 1e9)
+        node["interval_ns"] = round(scenario.interval_s * 1e9)
+        node["latency_ns"] = round(scenario.latency_s * 1e9)
+        node["budget_bytes"] = budget_bytes
+        node["reserve_bytes"] = self.bank.reserve_bytes(rows, self.full_verbs)
+        node["host_kv_limit_bytes"] = (
+            self.bank.platforms[platform].host_kv_bytes if host_kv is None else round(host_kv * 1e9)
+        )
+        node["dispatch"] = DISPATCHES.index(scenario.dispatch)
+        node["full_verbs"] = self.full_verbs
+        node["prefetch"] = scenario.prefetch
+        node["miss_weight"] = scenario.reward.miss
+        node["latency_weight"] = scenario.reward.latency
+        for field, values in self._constants.items():
+            node[field][:models] = values[rows]
+        node["decode_scale"][:models] = scale[0]
+        node["prefill_scale"][:models] = scale[1]
+        for fields, values, factor in (
+            (LOAD_FIELDS, self._load_ns, scale[2]),
+            (STREAM_FIELDS, self._stream_ns, scale[3]),
+        ):
+            for field, value in zip(fields, np.rint(values[:, rows] * factor), strict=True):
+                node[field][:models] = value
+
+    # ------------------------------------------------------------------ preparing
+
+    def _rows_to_choose(self, platform: int) -> NDArray[np.int64]:
+        """Return the rows of a platform's models that may be in a fleet: those that can fit.
+
+        A fixed fleet must fit as it is. Of the models to choose from, those are left out that
+        even the largest budget cannot serve.
+
+        Raises:
+            InputError: A model can never fit, or none of those to choose from can.
+        """
+        scenario, bank = self.scenario, self.bank
+        names = scenario.fleet.choose_from if scenario.fleet else scenario.models or ()
+        rows = np.array([bank.row(platform, bank.models.index(name)) for name in names])
+        usable = bank.platforms[platform].usable_bytes
+        if scenario.budget_gb is not None and scenario.budget_gb * 1e9 > usable:
+            raise InputError(
+                f"scenario '{scenario.name}': budget_gb: {scenario.budget_gb:g} GB is more than "
+                f"the {usable / 1e9:.1f} GB of {bank.platforms[platform].name}",
+                "lower it",
+            )
+        budget = usable if scenario.budget_gb is None else round(scenario.budget_gb * 1e9)
+        if scenario.fleet is None:
+            self._check_fit(platform, rows, budget, self._source.longest_tokens)
+            return rows
+        fitting = rows[self._least_budgets(rows) <= budget]
+        if len(fitting) == 0:
+            raise InputError(
+                f"scenario '{scenario.name}': fleet.choose_from: none of them fits in "
+                f"{budget / 1e9:.1f} GB of {bank.platforms[platform].name}",
+                "raise the budget or name smaller models",
+            )
+        return fitting
+
+    def _check_fit(
+        self, platform: int, rows: NDArray[np.int64], budget_bytes: int, tokens: int
+    ) -> None:
+        """Refuse a fleet that has a model which the budget can never serve."""
+        needed = self.bank.needed_bytes(rows, self.full_verbs, tokens)
+        worst = int(needed.argmax())
+        if needed[worst] <= budget_bytes:
+            return
+        row = rows[worst]
+        what = "base weights" if self.full_verbs else "weights"
+        weights = (
+            self.bank.constants["base_bytes"] if self.full_verbs else self.bank.weight_bytes
+        )[row]
+        kv = self.bank.kv_bytes(rows, tokens)[worst]
+        remedy = f"raise the budget to {needed[worst] / 1e9:.1f} GB or leave the model out"
+        if not self.full_verbs:
+            remedy += ', or set verbs = "full" to stream its layers'
+        raise InputError(
+            f"scenario '{self.scenario.name}': {self._row_names[row]} can never fit on "
+            f"{self.bank.platforms[platform].name}: {weights / 1e9:.1f} GB of {what}, "
+            f"{(needed[worst] - weights - kv) / 1e9:.1f} GB reserved and {kv / 1e9:.1f} GB of KV "
+            f"cache for {tokens:,} tokens are more than the budget of {budget_bytes / 1e9:.1f} GB",
+            remedy,
+        )
+
+    def _rows_required(self, choices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those of the choices of which a fleet has at least one; none for no such rule."""
+        fleet = self.scenario.fleet
+        wanted = fleet.at_least_one_of if fleet else ()
+        required = choices[[self._row_names[row] in wanted for row in choices.tolist()]]
+        if wanted and len(required) == 0:
+            raise InputError(
+                f"scenario '{self.scenario.name}': fleet.at_least_one_of: none of "
+                f"{', '.join(wanted)} fits",
+                "raise the budget or name smaller models",
+            )
+        return required
+
+    def _probe(self) -> tuple[int, tuple[float, float, float]]:
+        """Draw some episodes: (rows that a table needs, range of the rate at load 1)."""
+        node, requests = new_nodes(1)[0], new_requests(1, PROBE_ROWS)[0]
+        rng = np.random.default_rng(0)
+        load = {"load": self._highest_load}
+        infos = [self.draw(rng, node, requests, load) for _ in range(PROBES)]
+        if any(info.dropped for info in infos):
+            raise InputError(
+                f"scenario '{self.scenario.name}': an episode has over {PROBE_ROWS:,} requests",
+                "lower duration_s, load or utilisation_at_load_1",
+            )
+        rates = sorted(info.rate_per_s / self._highest_load for info in infos)
+        capacity = CAPACITY_MARGIN * max(info.requests for info in infos) + 64
+        return capacity, (rates[0], rates[PROBES // 2], rates[-1])

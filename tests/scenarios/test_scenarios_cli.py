@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mmrl.cli.scenarios import app
+from mmrl.scenarios.registry import scenario_names
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_list_has_a_whole_line_for_each_scenario() -> None:
+    lines = run("list").splitlines()
+    firsts = [line.split()[0] for line in lines if line.split()]
+    assert [first for first in firsts if first in scenario_names()] == scenario_names()
+    assert not any("…" in line for line in lines)
+    assert "derived" in next(line for line in lines if line.startswith("slow"))
+
+
+@pytest.mark.parametrize("name", ["slow", "oversized"])
+def test_show_tells_everything_and_the_file(name: str) -> None:
+    output = run("show", name)
+    assert "rate at load 1" in output
+    assert f"mmrl scenarios calibrate {name}" in output
+    assert "…" not in output
+    assert ("(too large)" in output) == (name == "slow")
+
+
+def test_show_a_users_trace(tmp_path: Path) -> None:
+    (tmp_path / "two.csv").write_text(
+        "arrival_s,model,prompt_tokens,output_tokens\n0.5,a,100,10\n1.5,b,200,20\n9.5,a,10,5\n"
+    )
+    (tmp_path / "mine.toml").write_text(
+        'platform = "h200"\nbudget_fraction = 0.5\ntargets = "chat"\nutilisation_at_load_1 = 1\n'
+        '[fleet]\nsize = 2\nchoose_from = ["llama3.2-3b"]\n[trace]\npaths = "two.csv"\n'
+    )
+    output = " ".join(run("show", str(tmp_path / "mine.toml")).split())
+    assert "read 3 requests from two.csv" in output
+    assert "mapped services by popularity" in output

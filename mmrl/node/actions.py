@@ -20,6 +20,7 @@ from mmrl.node.memory import (
     grant_waiting,
     has_work,
     idle_bytes,
+    is_idle,
     keep_load_queue,
     lacks_weights,
     promised_bytes,
@@ -147,34 +148,38 @@ def fits(s: Record, r: Nodes, m: int, pieces: int) -> bool:
 
 
 @jit
-def others_lack_weights(s: Record, m: int) -> bool:
-    """Return whether a model other than ``m`` is out while somebody waits for it."""
-    for k in range(s.n_models):
-        if k != m and lacks_weights(s, k):
-            return True
-    return False
+def lacking_models(s: Record) -> int:
+    """Return how many models lack weights."""
+    count = 0
+    for m in range(s.n_models):
+        count += lacks_weights(s, m)
+    return count
 
 
 @jit
-def legal(s: Record, r: Nodes, m: int, verb: int) -> bool:
-    """Return whether ``verb`` (index into VERBS) on model ``m`` is legal now."""
-    if m >= s.n_models or s.acted[m] & _GROUP_BIT[verb]:
+def _open(s: Record, m: int, verb: int, lacking: int) -> bool:
+    """Return whether ``verb`` on model ``m`` is legal but for the question whether it fits."""
+    if s.acted[m] & _GROUP_BIT[verb]:
         return False
     if verb == RESUME:
         return bool(s.paused[m] == 1)
     if verb == OUT or verb == PAUSE:
         if s.target[m] == 0 or (verb == PAUSE and (s.paused[m] == 1 or not has_work(s, m))):
             return False
-        return bool(s.full_verbs == 1 or others_lack_weights(s, m))
+        return bool(s.full_verbs == 1 or lacking > lacks_weights(s, m))
     if verb == FOCUS:
         return bool(s.full_verbs == 1 and (has_work(s, m) or s.focus == m))
-    if s.full_verbs == 0:
-        if verb != LEVEL_100 or s.target[m] > 0:
-            return False
-        if s.prefetch == 0 and not has_work(s, m):
-            return False
-    pieces = level_pieces(s, m, verb)
-    return bool(pieces != s.target[m] and fits(s, r, m, pieces))
+    if s.full_verbs == 1:
+        return bool(level_pieces(s, m, verb) != s.target[m])
+    return bool(verb == LEVEL_100 and s.target[m] == 0 and (s.prefetch == 1 or has_work(s, m)))
+
+
+@jit
+def legal(s: Record, r: Nodes, m: int, verb: int) -> bool:
+    """Return whether ``verb`` (index into VERBS) on model ``m`` is legal now."""
+    if m >= s.n_models or not _open(s, m, verb, lacking_models(s)):
+        return False
+    return not LEVEL_0 <= verb <= LEVEL_100 or fits(s, r, m, level_pieces(s, m, verb))
 
 
 @jit
@@ -184,20 +189,43 @@ def legal_actions(s: Record, r: Nodes, mask: npt.NDArray[np.bool_]) -> bool:
     mask[WAIT] = True
     some = False
     count = verb_count(s.full_verbs)
+    lacking = lacking_models(s)
+    if s.full_verbs == 0 and s.prefetch == 0 and lacking == 0 and not s.paused.any():
+        return False
+    idle = idle_bytes(s, -1)
+    room = free_bytes(s) + releasing_bytes(s, r) - promised_bytes(s)
     for m in range(s.n_models):
+        mine = -1
         for place in range(count):
-            if legal(s, r, m, verb_at(s.full_verbs, place)):
-                mask[1 + m * count + place] = True
-                some = True
+            verb = verb_at(s.full_verbs, place)
+            if not _open(s, m, verb, lacking):
+                continue
+            if LEVEL_0 <= verb <= LEVEL_100:
+                pieces = level_pieces(s, m, verb)
+                if pieces > s.granted[m]:
+                    if mine < 0:
+                        mine = room - releasing_from(s, r, m) + promised_to(s, m) + idle
+                        if is_idle(s, m):
+                            mine -= weight_bytes(s, m, s.granted[m])
+                    if missing_bytes(s, r, m, pieces) > mine:
+                        continue
+            mask[1 + m * count + place] = True
+            some = True
     return some
 
 
 @jit
 def some_verb_legal(s: Record, r: Nodes) -> bool:
     """Return whether an action other than WAIT is legal."""
+    lacking = lacking_models(s)
+    if s.full_verbs == 0 and s.prefetch == 0 and lacking == 0 and not s.paused.any():
+        return False
     for m in range(s.n_models):
         for place in range(verb_count(s.full_verbs)):
-            if legal(s, r, m, verb_at(s.full_verbs, place)):
+            verb = verb_at(s.full_verbs, place)
+            if _open(s, m, verb, lacking) and (
+                not LEVEL_0 <= verb <= LEVEL_100 or fits(s, r, m, level_pieces(s, m, verb))
+            ):
                 return True
     return False
 

@@ -4,17 +4,19 @@
 drawn by a sampler from its own random stream, so that results do not depend on N.
 """
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from mmrl.node.actions import legal_actions, verb_count
+from mmrl.node.actions import legal_actions, some_verb_legal, verb_count
 from mmrl.node.jit import jit
 from mmrl.node.observe import observation_size, observe
-from mmrl.node.state import CostTable, Nodes, Record, new_nodes, new_requests
-from mmrl.sim.kernel import advance, start, step
+from mmrl.node.state import MAX_MODELS, CostTable, Nodes, Record, new_nodes, new_requests
+from mmrl.sim.kernel import act, advance, next_decision, settle_reward, start, step
+
+ALL = slice(None)
 
 
 class Sampler(Protocol):
@@ -36,6 +38,20 @@ class Sampler(Protocol):
         """Fill the constants of a zeroed node and its requests; return what was drawn."""
 
 
+def plain(records: Nodes, rows: slice = ALL) -> Nodes:
+    """Return rows of the same memory as a plain array, which numba takes faster than a recarray."""
+    return cast(Nodes, np.asarray(records)[rows])
+
+
+@jit
+def _read_step(
+    s: Record, i: int, terms: npt.NDArray[np.float64], dt_s: npt.NDArray[np.float64]
+) -> None:
+    terms[i, 0] = -s.miss_weight * s.misses
+    terms[i, 1] = -s.latency_weight * s.latency_area
+    dt_s[i] = (s.now_ns - s.decided_ns) * 1e-9
+
+
 @jit
 def _step_all(
     nodes: Nodes,
@@ -51,9 +67,7 @@ def _step_all(
         if s.done:
             continue
         step(s, requests[i], decode_tables, prefill_tables, actions[i])
-        terms[i, 0] = -s.miss_weight * s.misses
-        terms[i, 1] = -s.latency_weight * s.latency_area
-        dt_s[i] = (s.now_ns - s.decided_ns) * 1e-9
+        _read_step(s, i, terms, dt_s)
 
 
 @jit
@@ -113,12 +127,13 @@ class Simulator:
     @property
     def rewards(self) -> npt.NDArray[np.float64]:
         """Return the rewards of the last step, float64[N]."""
-        return self.reward_terms.sum(axis=1)
+        total: npt.NDArray[np.float64] = self.reward_terms.sum(axis=1)
+        return total
 
     @property
     def done(self) -> npt.NDArray[np.int8]:
         """Return 0 running, 1 terminated or 2 truncated for each node, int8[N]."""
-        return self.nodes.done.copy()
+        return np.asarray(self.nodes)["done"].copy()
 
     def reset(
         self, i: int, rng: np.random.Generator, options: Mapping[str, Any] | None = None
@@ -134,8 +149,8 @@ class Simulator:
         self.reward_terms[:] = 0.0
         self.dt_s[:] = 0.0
         _step_all(
-            self.nodes,
-            self.requests,
+            plain(self.nodes),
+            plain(self.requests),
             self.decode_tables,
             self.prefill_tables,
             actions,
@@ -143,10 +158,33 @@ class Simulator:
             self.dt_s,
         )
 
-    def observe(self, out: npt.NDArray[np.float32]) -> None:
-        """Write the observations, float32[N, observation_size]."""
-        _observe_all(self.nodes, self.requests, self.decode_tables, self.prefill_tables, out)
+    def step_watched(self, i: int, action: int, watch: Callable[[], None]) -> None:
+        """Do one action on node ``i`` alone; call ``watch`` at each instant that goes unasked.
 
-    def masks(self, out: npt.NDArray[np.bool_]) -> None:
-        """Write which actions are legal, bool[N, num_actions]."""
-        _masks_all(self.nodes, self.requests, out)
+        Those are the decision instants on the way at which no verb is legal.
+        """
+        self.reward_terms[i] = 0.0
+        self.dt_s[i] = 0.0
+        s, r = self.nodes[i], plain(self.requests)[i]
+        if s.done:
+            return
+        if not act(s, r, action):
+            ready = np.zeros(MAX_MODELS, np.int8)
+            next_decision(s, r, ready, self.decode_tables, self.prefill_tables)
+            while not s.done and not some_verb_legal(s, r):
+                watch()
+                next_decision(s, r, ready, self.decode_tables, self.prefill_tables)
+            settle_reward(s, r)
+        _read_step(s, i, self.reward_terms, self.dt_s)
+
+    def observe(self, out: npt.NDArray[np.float32], rows: slice = ALL) -> None:
+        """Write the observations of the nodes of a slice, float32[K, at least observation_size].
+
+        What is left of a row is filled with zeros.
+        """
+        nodes, requests = plain(self.nodes, rows), plain(self.requests, rows)
+        _observe_all(nodes, requests, self.decode_tables, self.prefill_tables, out)
+
+    def masks(self, out: npt.NDArray[np.bool_], rows: slice = ALL) -> None:
+        """Write which actions are legal, bool[K, at least num_actions], for a slice of the nodes."""
+        _masks_all(plain(self.nodes, rows), plain(self.requests, rows), out)

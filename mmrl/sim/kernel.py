@@ -666,9 +666,14 @@ def settle_reward(s: Record, r: Nodes) -> None:
 
 
 @jit
-def advance(s: Record, r: Nodes, decode_tables: CostTable, prefill_tables: CostTable) -> None:
-    """Let time pass to the next decision at which a verb is legal, or to the end of the episode."""
-    ready = np.zeros(len(s.target), dtype=np.int8)
+def next_decision(
+    s: Record,
+    r: Nodes,
+    ready: npt.NDArray[np.int8],
+    decode_tables: CostTable,
+    prefill_tables: CostTable,
+) -> None:
+    """Let time pass to the next decision instant, or to the end of the episode (``s.done``)."""
     while True:
         start_work(s, r, ready, decode_tables, prefill_tables)
         instant = min(other_event_ns(s, r), s.gpu_end_ns)
@@ -676,7 +681,6 @@ def advance(s: Record, r: Nodes, decode_tables: CostTable, prefill_tables: CostT
             catch_up(s, s.horizon_ns)
             s.now_ns = s.horizon_ns
             s.done = 2
-            settle_reward(s, r)
             return
         catch_up(s, instant)
         s.now_ns = instant
@@ -691,15 +695,32 @@ def advance(s: Record, r: Nodes, decode_tables: CostTable, prefill_tables: CostT
         settle_memory(s, r)
         if s.in_system == 0 and s.next_arrival >= s.n_requests:
             s.done = 1
-            settle_reward(s, r)
             return
         if min(s.due_ns, s.timer_ns) <= instant:
             s.due_ns = NEVER
             s.timer_ns = instant + s.interval_ns
             s.acted[:] = 0
-            if some_verb_legal(s, r):
-                settle_reward(s, r)
-                return
+            return
+
+
+@jit
+def advance(s: Record, r: Nodes, decode_tables: CostTable, prefill_tables: CostTable) -> None:
+    """Let time pass to the next decision at which a verb is legal, or to the end of the episode."""
+    ready = np.zeros(len(s.target), dtype=np.int8)
+    next_decision(s, r, ready, decode_tables, prefill_tables)
+    while not s.done and not some_verb_legal(s, r):
+        next_decision(s, r, ready, decode_tables, prefill_tables)
+    settle_reward(s, r)
+
+
+@jit
+def act(s: Record, r: Nodes, action: int) -> bool:
+    """Begin a step with its action; return whether the next one is asked for at this instant."""
+    s.misses = 0
+    s.latency_area = 0.0
+    s.decided_ns = s.now_ns
+    s.decisions += 1
+    return bool(action != WAIT and apply(s, r, action) and some_verb_legal(s, r))
 
 
 @jit
@@ -707,10 +728,5 @@ def step(
     s: Record, r: Nodes, decode_tables: CostTable, prefill_tables: CostTable, action: int
 ) -> None:
     """Do one action. Time passes on WAIT, on an illegal action, and when no verb is legal after."""
-    s.misses = 0
-    s.latency_area = 0.0
-    s.decided_ns = s.now_ns
-    s.decisions += 1
-    if action != WAIT and apply(s, r, action) and some_verb_legal(s, r):
-        return
-    advance(s, r, decode_tables, prefill_tables)
+    if not act(s, r, action):
+        advance(s, r, decode_tables, prefill_tables)

@@ -69,7 +69,7 @@ def random_scene(
     node = new_nodes(1)[0]
     node.n_models, node.n_requests = m_count, r_count
     node.full_verbs = rng.integers(2) if full is None else full
-    node.prefetch = rng.integers(2)
+    node.prefetch = rng.random() < 0.7
     node.dispatch = rng.integers(len(DISPATCHES))
     node.interval_ns = rng.choice([20 * MS, 250 * MS])
     node.latency_ns = rng.choice([0, 2 * MS, 7 * MS + 1])
@@ -144,7 +144,7 @@ def _draw_memory(rng: np.random.Generator, node: Any, requests: Any, tight: bool
     # a level may have to fit beside the KV of a model that is leaving: none of it is ever stuck
     alone = int((weights[requests.model] + kv).max(initial=int(weights.max())))
     node.reserve_bytes = 2 * node.layer_bytes[m].max() if node.full_verbs else 100_000
-    spare = rng.uniform(0.0, 0.3) if tight else rng.uniform(0.3, 1.0)
+    spare = rng.uniform(0.0, 0.2) if tight else rng.uniform(0.3, 1.0)
     everything = int(weights.sum() + kv.sum())
     node.budget_bytes = node.reserve_bytes + alone + int(spare * (everything - alone))
     limit = rng.choice([0.0, 0.3, 2.0, 2.0])

@@ -239,7 +239,7 @@ def test_pause_keeps_weights_and_kv() -> None:
 
 
 def test_area_and_misses_between_two_askings() -> None:
-    sim = node_of([(100, 0, 20, 1), (150, 0, 20, 1)], interval_ns=1_000 * MS)
+    sim = node_of([(100, 0, 20, 1), (150, 0, 20, 1)], interval_ns=1_000 * MS, full_verbs=1)
     sim.requests[0].ttft_ns, sim.requests[1].ttft_ns = 30 * MS, 200 * MS
     sim.advance()
     assert (sim.now_ns, sim.misses, sim.latency_area) == (100 * MS, 0, 0.0)
@@ -313,15 +313,18 @@ def reach(seed: int, steps: int) -> ReferenceNode:
     return sim
 
 
+PATHS = (
+    *("stream_bytes", "kv_restore_bytes", "kv_dropped"),
+    *("idle_evictions", "abandoned", "unblocked"),
+)
+
+
 def test_invariants_under_random_actions() -> None:
     seen: set[str] = set()
     for seed in range(50):
         sim = reach(seed, 250)
-        for name in ("stream_bytes", "kv_restore_bytes", "idle_evictions", "kv_dropped"):
-            seen |= {name} if any(getattr(m, name) for m in sim.models) else set()
-        for name in ("abandoned", "unblocked"):
-            seen |= {name} if any(getattr(m, name) for m in sim.models) else set()
-    assert len(seen) == 6, f"scenes no longer reach every path, only {sorted(seen)}"
+        seen |= {name for name in PATHS if any(getattr(m, name) for m in sim.models)}
+    assert seen == set(PATHS), "the scenes no longer reach every path"
 
 
 def test_same_seed_same_state() -> None:

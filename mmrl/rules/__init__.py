@@ -1,0 +1,31 @@
+"""Hand-written policies: each a class of named parameters with a compiled decision.
+
+``get_rule("slack")`` has the parameters that were found on the training distribution;
+``get_rule("slack", tuned_for="slow")`` those of one scenario. ``mmrl tune`` finds them.
+"""
+
+from mmrl.rules.base import Rule
+from mmrl.rules.drain_first import DrainFirst
+from mmrl.rules.full_swap import FullSwap
+from mmrl.rules.gdsf import Gdsf
+from mmrl.rules.idle_cost import IdleCost
+from mmrl.rules.lru import Lru
+from mmrl.rules.registry import get_rule, rule_class, rule_names
+from mmrl.rules.setup_index import SetupIndex
+from mmrl.rules.slack import Slack
+from mmrl.rules.static import Static
+
+__all__ = [
+    "DrainFirst",
+    "FullSwap",
+    "Gdsf",
+    "IdleCost",
+    "Lru",
+    "Rule",
+    "SetupIndex",
+    "Slack",
+    "Static",
+    "get_rule",
+    "rule_class",
+    "rule_names",
+]

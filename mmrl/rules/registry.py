@@ -1,0 +1,100 @@
+"""Rules by name, with the parameters that tuning found for a scenario."""
+
+import functools
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mmrl.errors import InputError, nearest, unknown
+from mmrl.rules.base import Rule
+from mmrl.rules.drain_first import DrainFirst
+from mmrl.rules.full_swap import FullSwap
+from mmrl.rules.gdsf import Gdsf
+from mmrl.rules.idle_cost import IdleCost
+from mmrl.rules.lru import Lru
+from mmrl.rules.setup_index import SetupIndex
+from mmrl.rules.slack import Slack
+from mmrl.rules.static import Static
+
+TUNED = Path(__file__).parent / "data" / "tuned.toml"
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule
+    for rule in (Slack, FullSwap, Lru, Gdsf, IdleCost, Static, DrainFirst, SetupIndex)
+}
+
+
+def rule_names() -> list[str]:
+    """Return the names of the rules, the champion first."""
+    return list(RULES)
+
+
+def rule_class(name: str) -> type[Rule]:
+    """Return the class of a rule.
+
+    Raises:
+        InputError: There is no rule of that name.
+    """
+    if name not in RULES:
+        raise unknown("rule", name, RULES)
+    return RULES[name]
+
+
+@functools.cache
+def tuned_params(path: Path = TUNED) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the tuned parameters of a file: scenario, rule, parameter.
+
+    Raises:
+        InputError: The file cannot be read or is not TOML.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot read {path}: {reason}", "write it with mmrl tune") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}", "write it with mmrl tune") from error
+    return {
+        scenario: {name: dict(entry["params"]) for name, entry in rules.items()}
+        for scenario, rules in tables.items()
+    }
+
+
+def get_rule(name: str, tuned_for: str | None = None, **params: Any) -> Rule:
+    """Return a rule.
+
+    Args:
+        name: One of ``rule_names``.
+        tuned_for: Scenario whose tuned parameters it takes; the rule's defaults where None.
+        **params: Parameters to replace.
+
+    Raises:
+        InputError: There is no such rule, it was not tuned for that scenario, or a parameter is
+            unknown or out of its bounds.
+    """
+    rule = rule_class(name)
+    tuned: dict[str, Any] = {}
+    if tuned_for is not None:
+        table = tuned_params()
+        if tuned_for not in table:
+            raise unknown("tuned scenario", tuned_for, table)
+        if name not in table[tuned_for]:
+            raise InputError(
+                f"rule '{name}' was not tuned for '{tuned_for}'", f"mmrl tune {name} {tuned_for}"
+            )
+        tuned = table[tuned_for][name]
+    try:
+        return rule(**(tuned | params))
+    except ValidationError as error:
+        raise _explain(rule, error) from None
+
+
+def _explain(rule: type[Rule], error: ValidationError) -> InputError:
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        known = list(rule.model_fields)
+        remedy = nearest(field, known) or f"known: {', '.join(known)}"
+        return InputError(f"rule '{rule.name}': unknown parameter '{field}'", remedy)
+    return InputError(f"rule '{rule.name}': {field}: {first['msg'].lower()}")

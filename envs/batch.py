@@ -15,14 +15,15 @@ import numpy.typing as npt
 
 from mmrl.envs.layout import Layout
 from mmrl.envs.privileged import write_futures
-from mmrl.envs.summary import summarise
 from mmrl.errors import InputError
+from mmrl.metrics import episode_metrics
+from mmrl.node.actions import VERBS
 from mmrl.node.state import MAX_MODELS
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.sampler import EpisodeInfo, EpisodeSampler
 from mmrl.scenarios.schema import Scenario
 from mmrl.scenarios.seeds import episode_rng
-from mmrl.sim.batch import ALL, Simulator, plain
+from mmrl.sim.batch import ALL, Simulator
 
 if TYPE_CHECKING:
     from mmrl.rules.base import Rule
@@ -114,14 +115,14 @@ class ServingBatch:
         return drawn
 
     def field(self, name: str) -> npt.NDArray[Any]:
-        """Return a field of NODE of all nodes: a view, much faster than through the recarray."""
-        values: npt.NDArray[Any] = plain(self.simulator.nodes)[name]
+        """Return a field of NODE of all nodes, a view."""
+        values: npt.NDArray[Any] = self.simulator.node_array[name]
         return values
 
     def observe(self, rows: slice = ALL) -> npt.NDArray[np.float32]:
         """Return new observations of the nodes of a slice, float32[K, observation size]."""
         simulator, layout = self.simulator, self.layout
-        nodes, requests = plain(simulator.nodes, rows), plain(simulator.requests, rows)
+        nodes, requests = simulator.node_array[rows], simulator.request_array[rows]
         out = np.empty((len(nodes), layout.observation_size), np.float32)
         simulator.observe(out, rows)
         if self.rule is not None:
@@ -149,7 +150,13 @@ class ServingBatch:
         return out
 
     def metrics(self, i: int) -> dict[str, float]:
-        """Return goodput and more of the episode of node ``i``, which has ended."""
-        return summarise(
-            np.asarray(self.simulator.nodes)[i], np.asarray(self.simulator.requests)[i]
-        )
+        """Return the metrics of the episode of node ``i``, which has ended.
+
+        They are those of `mmrl.metrics` that could be measured, and ``<verb>_per_s``.
+        """
+        node, requests = self.simulator.nodes[i], self.simulator.requests[i]
+        values = episode_metrics(node, requests).values
+        metrics = {name: value for name, value in values.items() if not np.isnan(value)}
+        for verb, count in zip(VERBS, node.actions.tolist(), strict=True):
+            metrics[f"{verb}_per_s"] = count / values["elapsed_s"]
+        return metrics

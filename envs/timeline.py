@@ -202,7 +202,7 @@ def record_episode(env: "MultiModelServingEnv", policy: "Decide | Rule") -> Epis
     return EpisodeLog(
         batch.info(0),
         recorder.timeline(),
-        np.asarray(requests)[: int(node.n_requests)].copy(),
+        simulator.request_array[0, : int(node.n_requests)].copy(),
         reward,
         batch.metrics(0),
     )

@@ -1,4 +1,4 @@
-"""Statistics of paired comparisons: every policy meets the same episodes, and episodes are resampled.
+"""Statistics of paired comparisons: every policy meets the same episodes, which are resampled.
 
 Definitions follow rliable (Agarwal et al., "Deep Reinforcement Learning at the Edge of the
 Statistical Precipice", NeurIPS 2021, arXiv 2108.13264), with one difference: there the runs of two

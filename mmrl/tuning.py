@@ -31,6 +31,7 @@ Objective = Literal["goodput", "goodput-latency"]
 LATENCY_WEIGHT = 0.005  # goodput-latency: what one unit of normalised latency costs in goodput
 ROUNDS = (1 / 9, 1 / 3, 1.0)
 KEPT = 1 / 3
+CHANGED = 0.5  # share of the parameters in which a candidate differs from the defaults
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,23 @@ def objective_value(outcome: npt.NDArray[np.float64], objective: Objective) -> f
     return float(goodput - weight * latency)
 
 
-def draw_rule(rule: type[Rule], rng: np.random.Generator) -> Rule:
-    """Draw a rule's parameters uniformly between their bounds, some on a logarithmic scale."""
-    values: dict[str, Any] = {"dispatch": DISPATCHES[rng.integers(len(DISPATCHES))]}
+def draw_rule(rule: type[Rule], rng: np.random.Generator, changed: float = 1.0) -> Rule:
+    """Draw a rule's parameters uniformly between their bounds, some on a logarithmic scale.
+
+    Args:
+        rule: The rule's class.
+        rng: Where the draws come from.
+        changed: Probability with which a parameter is drawn; otherwise it keeps its default.
+    """
+    values: dict[str, Any] = {}
+    if rng.random() < changed:
+        values["dispatch"] = DISPATCHES[rng.integers(len(DISPATCHES))]
     for name in rule.tunables():
+        if rng.random() >= changed:
+            continue
         field = rule.model_fields[name]
-        low, high = (
-            float(getattr(m, k)) for m, k in zip(field.metadata, ("ge", "le"), strict=True)
-        )
+        bounds = zip(field.metadata, ("ge", "le"), strict=True)
+        low, high = (float(getattr(bound, key)) for bound, key in bounds)
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra["log"]:
             value = math.exp(rng.uniform(math.log(low), math.log(high)))
@@ -126,9 +136,20 @@ def draw_rule(rule: type[Rule], rng: np.random.Generator) -> Rule:
     return rule(**values)
 
 
-def planned_episodes(configs: int, episodes: int) -> int:
+def draw_candidates(rule: type[Rule], count: int, rng: np.random.Generator) -> list[Rule]:
+    """Return the defaults and ``count`` candidates, each of which changes half of them on average.
+
+    A rule without numeric parameters has one candidate for each dispatch rule.
+    """
+    if not rule.tunables():
+        return [rule(), *(rule.model_validate({"dispatch": name}) for name in DISPATCHES)]
+    return [rule(), *(draw_rule(rule, rng, CHANGED) for _ in range(count))]
+
+
+def planned_episodes(rule: type[Rule], configs: int, episodes: int) -> int:
     """Return how many episodes ``tune`` plays at most."""
-    total, before, alive = 0, 0, configs + 1
+    total, before = 0, 0
+    alive = len(draw_candidates(rule, configs, np.random.default_rng(0)))
     for share in ROUNDS:
         until = max(1, round(episodes * share))
         total += alive * (until - before)
@@ -146,7 +167,6 @@ def tune(
     objective: Objective = "goodput",
     seed: int = 0,
     workers: int = 1,
-    start: Rule | None = None,
     report: Callable[[int, float], None] = lambda played, best: None,
 ) -> TuneResult:
     """Search the parameters of a rule for a scenario.
@@ -160,7 +180,6 @@ def tune(
         objective: See ``objective_value``.
         seed: Of the candidates.
         workers: Threads; the result does not depend on it.
-        start: One more candidate, for example the parameters of a broader distribution.
         report: Told, after each candidate, the episodes played and the best objective so far.
 
     Raises:
@@ -171,13 +190,7 @@ def tune(
     if objective not in get_args(Objective):
         raise unknown("objective", objective, get_args(Objective))
     paired = PairedEpisodes(scenario, split, episodes)
-    rng = np.random.default_rng(seed)
-    default = rule()
-    candidates = [
-        default,
-        *([start] if start else []),
-        *(draw_rule(rule, rng) for _ in range(configs)),
-    ]
+    candidates = draw_candidates(rule, configs, np.random.default_rng(seed))
     outcomes: list[npt.NDArray[np.float64]] = [np.empty((0, 2)) for _ in candidates]
     alive = list(range(len(candidates)))
     before, played = 0, 0

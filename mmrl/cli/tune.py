@@ -42,19 +42,18 @@ def command(
     from mmrl.tuning import planned_episodes, tune, write_tuned
 
     wanted = rule_class(rule)
-    if not wanted.tunables() and configs > 3:
-        configs = 3  # only the dispatch rule is left to choose
     if out.is_dir():
         raise InputError(f"{out} is a folder", "name a TOML file")
     spec = get_scenario(scenario, **({} if load is None else {"load": load}))
     console = Console()
+    planned = planned_episodes(wanted, configs, episodes)
     console.print(
-        f"tuning {rule} for {spec.name} on {split} seeds: {configs} candidates and the defaults, "
-        f"up to {episodes} episodes each, {planned_episodes(configs, episodes):,} in all"
+        f"tuning {rule} for {spec.name} on {split} seeds: at most {configs} candidates and the "
+        f"defaults, up to {episodes} episodes each, {planned:,} in all"
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("compiling", total=planned_episodes(configs, episodes))
+        task = progress.add_task("compiling", total=planned)
 
         def report(played: int, best: float) -> None:
             progress.update(task, completed=played, description=f"best {best:.4f}")

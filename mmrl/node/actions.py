@@ -114,7 +114,7 @@ def waiting_kv_bytes(s: Record, r: Nodes, m: int) -> int:
     if s.saved[m] > 0:
         for k in range(s.begun_len[m]):
             if r[s.begun[m, k]].state == SAVED:
-                return int(r[s.begun[m, k]].blocks * s.block_bytes[m])
+                return int((r[s.begun[m, k]].blocks + 1) * s.block_bytes[m])
     if s.queue_len[m] > 0:
         return int(admission_blocks(r, head_request(s, r, m)) * s.block_bytes[m])
     return 0

@@ -222,12 +222,17 @@ def suspend(s: Record, r: Nodes, m: int) -> None:
 
 @jit
 def restore_saved(s: Record, r: Nodes, m: int) -> None:
-    """Queue saved sequences of model ``m`` for their restore, in order, while blocks last."""
+    """Queue saved sequences of model ``m`` for their restore, in order, while blocks last.
+
+    Each must leave a block for every sequence that would decode, itself included: without that, the
+    next settling of the batch would preempt it again at once.
+    """
     for k in range(s.begun_len[m]):
         request = r[s.begun[m, k]]
         if request.state == SAVED:
-            if not take_blocks(s, m, request.blocks):
+            if not could_take_blocks(s, m, request.blocks + s.decoding[m] + 1):
                 return
+            take_blocks(s, m, request.blocks)
             request.state = RESTORING
             s.saved[m] -= 1
             s.restore_queue[s.restore_len] = s.begun[m, k]

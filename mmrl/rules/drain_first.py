@@ -1,8 +1,9 @@
 """`DrainFirst`: serve what has come, then switch, once enough wait (Hofri & Ross 1987).
 
-A model that lacks weights is called when its requests number ``threshold`` or its oldest has waited
-for ``longest_wait_s``. Idle models make room for it; if that is not enough, drained models do, which
-have finished all that is older than the oldest waiting request, lowest GDSF priority first.
+A model that lacks weights is called when its requests number ``threshold`` or its oldest has
+waited for ``longest_wait_s``. Idle models make room for it; if that is not enough, drained models
+do, which have finished all that is older than the oldest waiting request, lowest GDSF priority
+first.
 """
 
 from typing import ClassVar

@@ -28,4 +28,6 @@ def episode_rng(split: Split, index: int) -> np.random.Generator:
         raise unknown("split", split, SPLITS)
     if index < 0:
         raise InputError(f"episode index is {index}", "count episodes from 0")
-    return np.random.default_rng(np.random.SeedSequence((SPLITS.index(split), index)))
+    # A spawn key keeps the streams apart from those of plain integer seeds.
+    key = (SPLITS.index(split), index)
+    return np.random.default_rng(np.random.SeedSequence(0, spawn_key=key))

@@ -5,7 +5,7 @@ drawn by a sampler from its own random stream, so that results do not depend on 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +36,6 @@ class Sampler(Protocol):
         options: Mapping[str, Any] | None = None,
     ) -> Any:
         """Fill the constants of a zeroed node and its requests; return what was drawn."""
-
-
-def plain(records: Nodes, rows: slice = ALL) -> Nodes:
-    """Return rows of the same memory as a plain array, which numba takes faster than a recarray."""
-    return cast(Nodes, np.asarray(records)[rows])
 
 
 @jit
@@ -100,6 +95,8 @@ class Simulator:
     Attributes:
         nodes: recarray[N] of ``NODE``.
         requests: recarray[N, R] of ``REQUEST``.
+        node_array: The memory of ``nodes`` as a plain array, for compiled code and whole fields.
+        request_array: The memory of ``requests`` as a plain array.
         infos: What the sampler drew for each node.
         rewards: float64[N], of the last step.
         reward_terms: float64[N, 2], misses and latency; ``rewards`` is their sum.
@@ -123,6 +120,16 @@ class Simulator:
         self.reward_terms = np.zeros((num_envs, 2))
         self.dt_s = np.zeros(num_envs)
         self._zero = np.zeros_like(self.nodes[0])
+        self._share_memory()
+
+    def _share_memory(self) -> None:
+        # To numba and NumPy a recarray costs several times what a plain array does.
+        self.node_array: Any = np.asarray(self.nodes)
+        self.request_array: Any = np.asarray(self.requests)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._share_memory()
 
     @property
     def rewards(self) -> npt.NDArray[np.float64]:
@@ -133,7 +140,8 @@ class Simulator:
     @property
     def done(self) -> npt.NDArray[np.int8]:
         """Return 0 running, 1 terminated or 2 truncated for each node, int8[N]."""
-        return np.asarray(self.nodes)["done"].copy()
+        done: npt.NDArray[np.int8] = self.node_array["done"].copy()
+        return done
 
     def reset(
         self, i: int, rng: np.random.Generator, options: Mapping[str, Any] | None = None
@@ -149,8 +157,8 @@ class Simulator:
         self.reward_terms[:] = 0.0
         self.dt_s[:] = 0.0
         _step_all(
-            plain(self.nodes),
-            plain(self.requests),
+            self.node_array,
+            self.request_array,
             self.decode_tables,
             self.prefill_tables,
             actions,
@@ -165,7 +173,7 @@ class Simulator:
         """
         self.reward_terms[i] = 0.0
         self.dt_s[i] = 0.0
-        s, r = self.nodes[i], plain(self.requests)[i]
+        s, r = self.nodes[i], self.request_array[i]
         if s.done:
             return
         if not act(s, r, action):
@@ -182,9 +190,9 @@ class Simulator:
 
         What is left of a row is filled with zeros.
         """
-        nodes, requests = plain(self.nodes, rows), plain(self.requests, rows)
+        nodes, requests = self.node_array[rows], self.request_array[rows]
         _observe_all(nodes, requests, self.decode_tables, self.prefill_tables, out)
 
     def masks(self, out: npt.NDArray[np.bool_], rows: slice = ALL) -> None:
-        """Write which actions are legal, bool[K, at least num_actions], for a slice of the nodes."""
-        _masks_all(plain(self.nodes, rows), plain(self.requests, rows), out)
+        """Write the legal actions of the nodes of a slice, bool[K, at least num_actions]."""
+        _masks_all(self.node_array[rows], self.request_array[rows], out)

@@ -189,8 +189,10 @@ class ReferenceNode(ReferenceState):
         if model.paused or not model.granted >= model.target >= 1:
             return
         for request in model.begun_in(st.SAVED):
-            if not self._take(request, request.blocks):
+            decoding = len(model.begun_in(st.DECODE))
+            if not self._can_take(model, request.blocks + decoding + 1):
                 return
+            self._take(request, request.blocks)
             request.state = st.RESTORING
             self.restore_queue.append(request)
 
@@ -502,7 +504,7 @@ class ReferenceNode(ReferenceState):
         need = max(0, model.weights(pieces) - model.weights(model.granted))
         head = self._head(model)
         for request in model.begun_in(st.SAVED):
-            return need + request.blocks * model.block_bytes
+            return need + (request.blocks + 1) * model.block_bytes
         return need + (self._admission_blocks(head) * model.block_bytes if head else 0)
 
     def _room(self, model: Model) -> int:

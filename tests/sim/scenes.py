@@ -146,6 +146,9 @@ def _draw_memory(rng: np.random.Generator, node: Any, requests: Any, tight: bool
     node.reserve_bytes = 2 * node.layer_bytes[m].max() if node.full_verbs else 100_000
     spare = rng.uniform(0.0, 0.2) if tight else rng.uniform(0.3, 1.0)
     everything = int(weights.sum() + kv.sum())
-    node.budget_bytes = node.reserve_bytes + alone + int(spare * (everything - alone))
+    budget = alone + int(spare * (everything - alone))
+    if tight and rng.random() < 0.5:  # all weights, and too little KV beside them
+        budget = max(alone, int(weights.sum() + 0.2 * kv.max()))
+    node.budget_bytes = node.reserve_bytes + budget
     limit = rng.choice([0.0, 0.3, 2.0, 2.0])
     node.host_kv_limit_bytes = int(limit * kv.max(initial=0))

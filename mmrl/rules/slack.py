@@ -53,12 +53,12 @@ class Slack(Rule):
 
     dispatch: Literal["rr", "edf", "las"] | None = "edf"
     patience: float = tunable(0.5, 0.0, 2.0)
-    margin: float = tunable(1.0, 0.1, 8.0, log=True)
+    margin: float = tunable(0.231, 0.1, 8.0, log=True)
     residency: float = tunable(1.0, 0.0, 8.0)
-    absence: float = tunable(2.5, 0.5, 6.0)
-    service: float = tunable(1.5, 0.0, 4.0)
+    absence: float = tunable(4.81, 0.5, 6.0)
+    service: float = tunable(2.47, 0.0, 4.0)
     doomed: float = tunable(0.02, 0.0, 0.5)
-    longest_wait: float = tunable(30.0, 2.0, 100.0, log=True)
+    longest_wait: float = tunable(20.3, 2.0, 100.0, log=True)
 
 
 PATIENCE, MARGIN, RESIDENCY, ABSENCE, SERVICE, DOOMED, LONGEST_WAIT = range(7)

@@ -123,7 +123,7 @@ def performance_profile(values: npt.ArrayLike, thresholds: npt.ArrayLike) -> Flo
 def sign_flip_p(differences: npt.ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> float:
     """Return the two-sided p-value of a mean of paired differences by random sign flips."""
     values = np.asarray(differences, np.float64)
-    if not values.any():
+    if len(values) < 2 or not values.any():
         return 1.0
     from scipy.stats import permutation_test
 

@@ -78,6 +78,7 @@ NODE = np.dtype(
         ("horizon_ns", "i8"),
         ("interval_ns", "i8"),
         ("latency_ns", "i8"),  # from the event to the instant its decision is applied
+        ("gap_ns", "i8"),  # the shortest time between two askings of the policy
         ("budget_bytes", "i8"),
         ("reserve_bytes", "i8"),  # workspace, and streaming slots where the verb set has levels
         ("host_kv_limit_bytes", "i8"),

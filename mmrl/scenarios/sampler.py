@@ -239,6 +239,7 @@ class EpisodeSampler:
         node["horizon_ns"] = round((scenario.duration_s + scenario.drain_s) * 1e9)
         node["interval_ns"] = round(scenario.interval_s * 1e9)
         node["latency_ns"] = round(scenario.latency_s * 1e9)
+        node["gap_ns"] = round(scenario.gap_s * 1e9)
         node["budget_bytes"] = budget_bytes
         node["reserve_bytes"] = self.bank.reserve_bytes(rows, self.full_verbs)
         node["host_kv_limit_bytes"] = (

@@ -134,6 +134,7 @@ class Scenario(_Strict):
         drain_s: The episode then goes on for so long; what is unfinished at its end is a miss.
         interval_s: Longest time between two decision instants.
         latency_s: From an event to the decision that it asks for.
+        gap_s: Shortest time between two askings of the policy.
         host_kv_gb: Host memory for saved KV cache; the platform's unless given.
         jitter: Each cost of each model is off by up to this fraction, drawn per episode.
         reward: Weights of the reward.
@@ -158,6 +159,7 @@ class Scenario(_Strict):
     drain_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0
     interval_s: Annotated[float, Field(ge=0.001, le=60)] = 0.25
     latency_s: Annotated[float, Field(ge=0, le=10)] = 0.002
+    gap_s: Annotated[float, Field(ge=0, le=10)] = 0.1
     host_kv_gb: Annotated[float, Field(ge=0)] | None = None
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
     reward: RewardSpec = RewardSpec()

@@ -68,6 +68,7 @@ from mmrl.profiles.costs import decode_ns, prefill_chunk_ns
 def start(s: Record, r: Nodes) -> None:
     """Set the dynamic state of a node whose constants are filled: empty, at time 0."""
     s.timer_ns = s.interval_ns
+    s.decided_ns = -s.gap_ns
     s.due_ns = NEVER
     s.focus = -1
     s.gpu_end_ns = NEVER
@@ -92,7 +93,7 @@ def start(s: Record, r: Nodes) -> None:
 @jit
 def ask_decision(s: Record) -> None:
     """Let the event of this instant ask for a decision."""
-    s.due_ns = min(s.due_ns, s.now_ns + s.latency_ns)
+    s.due_ns = min(s.due_ns, max(s.now_ns + s.latency_ns, s.decided_ns + s.gap_ns))
 
 
 # --- the link -----------------------------------------------------------------------------------

@@ -410,7 +410,7 @@ class ReferenceNode(ReferenceState):
             self.due_ns, self.timer_ns = NEVER, now + self.interval_ns
             self.acted.clear()
             if any(self.legal_actions()[1:]):
-                self.asking = True
+                self.asking, self.asked_ns = True, now
                 return
         self._leave_instant()
 
@@ -447,7 +447,8 @@ class ReferenceNode(ReferenceState):
             moving = (self.gpu, self.link_bound, self.h2d, self.d2h)
 
     def _ask_soon(self) -> None:
-        self.due_ns = min(self.due_ns, self.now_ns + self.latency_ns)
+        soonest = max(self.now_ns + self.latency_ns, self.asked_ns + self.gap_ns)
+        self.due_ns = min(self.due_ns, soonest)
 
     # --- 8. Verbs -------------------------------------------------------------------------------
 

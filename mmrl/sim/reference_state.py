@@ -59,7 +59,7 @@ class ReferenceState:
         self.decode_tables, self.prefill_tables = decode_tables, prefill_tables
         self.horizon_ns, self.interval_ns = int(node["horizon_ns"]), int(node["interval_ns"])
         self.latency_ns, self.budget_bytes = int(node["latency_ns"]), int(node["budget_bytes"])
-        self.reserve_bytes = int(node["reserve_bytes"])
+        self.gap_ns, self.reserve_bytes = int(node["gap_ns"]), int(node["reserve_bytes"])
         self.host_kv_limit_bytes = int(node["host_kv_limit_bytes"])
         self.dispatch, self.prefetch = int(node["dispatch"]), bool(node["prefetch"])
         self.full_verbs = bool(node["full_verbs"])
@@ -74,6 +74,7 @@ class ReferenceState:
         self.now_ns = 0
         self.due_ns, self.timer_ns = NEVER, self.interval_ns
         self.asking = False  # time stands at a decision of the policy
+        self.asked_ns = -self.gap_ns  # instant at which the policy was last asked
         self.acted: set[tuple[int, str]] = set()  # (model, verb group) used at this instant
         self.done = 0  # 1 terminated, 2 truncated
         self.grant_queue: list[Model] = []

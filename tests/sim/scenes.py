@@ -73,6 +73,7 @@ def random_scene(
     node.dispatch = rng.integers(len(DISPATCHES))
     node.interval_ns = rng.choice([20 * MS, 250 * MS])
     node.latency_ns = rng.choice([0, 2 * MS, 7 * MS + 1])
+    node.gap_ns = rng.choice([0, 0, 3 * MS, 50 * MS])
     node.miss_weight, node.latency_weight = 1.0, 0.01
     decode_tables, prefill_tables = _draw_models(rng, node, m_count)
 

@@ -321,7 +321,7 @@ PATHS = (
 
 def test_invariants_under_random_actions() -> None:
     seen: set[str] = set()
-    for seed in range(50):
+    for seed in range(60):
         sim = reach(seed, 150)
         seen |= {name for name in PATHS if any(getattr(m, name) for m in sim.models)}
     assert seen == set(PATHS), "the scenes no longer reach every path"

@@ -1,0 +1,189 @@
+"""`EventTimeRolloutBuffer`: returns and advantages over decisions that lie unevenly in time.
+
+Decisions of a node are milliseconds or many seconds apart, so discount and trace decay go by the
+time between them, not by their count: a step of ``dt`` s has ``gamma = exp(-dt / discount_s)``
+and ``lambda = exp(-dt / trace_s)``, both 1 for decisions at the same instant. An episode that was
+truncated bootstraps with the value of its last observation, discounted the same way.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from gymnasium import spaces
+from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
+
+Floats = npt.NDArray[np.float32]
+
+LEAST_SPREAD = 0.5  # of the median: nodes on which nothing happens are not blown up
+LARGEST_ADVANTAGE = 5.0
+
+
+def event_time_advantages(
+    rewards: Floats,
+    values: Floats,
+    next_values: Floats,
+    ends: npt.NDArray[np.bool_],
+    dt_s: Floats,
+    discount_s: float,
+    trace_s: float,
+) -> Floats:
+    """Return generalised advantage estimates with discount and trace decay by elapsed time.
+
+    With g = exp(-dt / discount_s) and l = exp(-dt / trace_s), the estimate is
+    ``A[t] = r[t] + g[t] V'[t] - V[t] + g[t] l[t] A[t + 1]``, the last term 0 where an episode
+    ends: Schulman et al. 2016 with the constants of a semi-Markov process.
+
+    Args:
+        rewards: float32[T, N].
+        values: float32[T, N], of the observations acted on.
+        next_values: float32[T, N], of what followed: 0 after a terminated episode, the value of
+            the last observation after a truncated one.
+        ends: bool[T, N], an episode ended with this step.
+        dt_s: float32[T, N], time that the step took.
+        discount_s: Time constant of the discount.
+        trace_s: Time constant of the trace decay.
+    """
+    gamma = np.exp(-dt_s / discount_s)
+    delta = rewards + gamma * next_values - values
+    decay = np.where(ends, np.float32(0), gamma * np.exp(-dt_s / trace_s))
+    advantages = np.zeros_like(rewards)
+    last = np.zeros_like(rewards[0])
+    for t in range(len(rewards) - 1, -1, -1):
+        last = delta[t] + decay[t] * last
+        advantages[t] = last
+    return advantages
+
+
+def normalised(advantages: Floats) -> Floats:
+    """Return advantages with mean 0 and spread 1, of which no node has more than its share.
+
+    One overloaded node loses more requests in a second than a quiet one in an episode: without
+    scaling each node by its own spread, a tenth of the nodes would make most of the gradient. A
+    positive factor per node keeps the sign of every advantage, and so what is better in a state.
+
+    Args:
+        advantages: float32[T, N].
+    """
+    spread = advantages.std(axis=0)
+    scaled = advantages / (spread + LEAST_SPREAD * np.median(spread) + 1e-8)
+    scaled = (scaled - scaled.mean()) / (scaled.std() + 1e-8)
+    return np.asarray(scaled.clip(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE), np.float32)
+
+
+class Samples(NamedTuple):
+    """Decisions to learn from; tensors over B decisions."""
+
+    observations: th.Tensor
+    actions: th.Tensor
+    action_masks: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+
+
+class EventTimeRolloutBuffer(MaskableRolloutBuffer):
+    """A rollout of ``buffer_size`` decisions of each of ``n_envs`` nodes.
+
+    Values are not known while the rollout is collected: they are computed for all of it at once
+    and handed to `finish`.
+
+    Args:
+        *args: Of `MaskableRolloutBuffer`.
+        discount_s: Time constant of the discount.
+        trace_s: Time constant of the trace decay (lambda).
+        **kwargs: Of `MaskableRolloutBuffer`; ``gamma`` and ``gae_lambda`` are not used.
+    """
+
+    dt_s: Floats
+
+    def __init__(self, *args: Any, discount_s: float, trace_s: float, **kwargs: Any) -> None:
+        self.discount_s, self.trace_s = discount_s, trace_s
+        super().__init__(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget the rollout; the arrays are kept."""
+        self.pos, self.full, self.generator_ready = 0, False, False
+        if hasattr(self, "dt_s"):
+            return
+        shape = (self.buffer_size, self.n_envs)
+        assert isinstance(self.action_space, spaces.Discrete)
+        self.mask_dims = int(self.action_space.n)
+        self.observations = np.zeros((*shape, *self.obs_shape), np.float32)
+        self.action_masks = np.zeros((*shape, self.mask_dims), np.bool_)
+        self.actions = np.zeros(shape, np.int64)
+        self.ends = np.zeros(shape, np.bool_)
+        for name in ("rewards", "dt_s", "values", "log_probs", "advantages", "returns"):
+            setattr(self, name, np.zeros(shape, np.float32))
+
+    def store(
+        self,
+        observations: Floats,
+        action_masks: npt.NDArray[np.bool_],
+        actions: npt.NDArray[np.int64],
+        log_probs: Floats,
+        rewards: npt.NDArray[np.floating[Any]],
+        dt_s: npt.NDArray[np.floating[Any]],
+        ends: npt.NDArray[np.bool_],
+    ) -> None:
+        """Add one step of all nodes: what was seen, legal, done and rewarded, arrays over N."""
+        self.observations[self.pos] = observations
+        self.action_masks[self.pos] = action_masks
+        self.actions[self.pos] = actions
+        self.log_probs[self.pos] = log_probs
+        self.rewards[self.pos] = rewards
+        self.dt_s[self.pos] = dt_s
+        self.ends[self.pos] = ends
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def finish(self, values: Floats, last_values: Floats, bootstrap: Floats) -> None:
+        """Compute advantages and returns of the rollout.
+
+        Args:
+            values: float32[T, N], of the observations stored.
+            last_values: float32[N], of the observations after the rollout.
+            bootstrap: float32[T, N], where an episode was truncated the value of its last
+                observation, else 0.
+        """
+        self.values[:] = values
+        following = np.concatenate((values[1:], last_values[None]))
+        next_values = np.where(self.ends, bootstrap, following).astype(np.float32)
+        self.advantages[:] = event_time_advantages(
+            self.rewards,
+            values,
+            next_values,
+            self.ends,
+            self.dt_s,
+            self.discount_s,
+            self.trace_s,
+        )
+        self.returns[:] = self.advantages + values
+
+    def flat(self, name: str) -> th.Tensor:
+        """Return an array of the rollout as a tensor [T * N, ...] that shares its memory."""
+        array: npt.NDArray[Any] = getattr(self, name)
+        return th.from_numpy(array.reshape(-1, *array.shape[2:]))
+
+    def minibatches(self, batch_size: int, chunk_size: int) -> Iterator[list[Samples]]:
+        """Yield minibatches in random order, each as chunks that fit the processor's cache.
+
+        Advantages are those of `normalised`.
+        """
+        assert self.full, "the rollout is not complete"
+        advantages = th.from_numpy(normalised(self.advantages).reshape(-1))
+        arrays = (
+            self.flat("observations"),
+            self.flat("actions"),
+            self.flat("action_masks"),
+            self.flat("log_probs"),
+            advantages,
+            self.flat("returns"),
+        )
+        order = th.randperm(self.buffer_size * self.n_envs)
+        for batch in th.split(order, batch_size):
+            yield [
+                Samples(*(array[rows] for array in arrays)) for rows in th.split(batch, chunk_size)
+            ]

@@ -1,0 +1,139 @@
+"""`Contender`: a policy that takes part in an evaluation, named as the user names it.
+
+A rule (``slack``, or ``slack@tuned`` with the parameters tuned for the scenario), the best policy
+of a run folder (``runs/x``; ``runs/x@step0`` is the one it started from), or the folder of an
+exported policy. ``label=...`` in front of a run or an export gives it a name.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from mmrl.errors import InputError, nearest
+from mmrl.rules import get_rule, rule_names
+from mmrl.rules.base import Rule
+from mmrl.rules.registry import tuned_params
+
+CHAMPION = "slack"
+TUNED = "@tuned"
+STEP0 = "@step0"
+BEST_FOLDER, STEP0_FOLDER = "policy_best", "policy_step0"  # as in mmrl.agents.runs, without torch
+Kind = Literal["rule", "learned", "step0"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One policy of an evaluation; small, so that it can be sent to another process.
+
+    Attributes:
+        name: Its label in tables and figures, unique within an evaluation.
+        kind: ``rule``, ``learned``, or ``step0`` for what a learned policy started from.
+        rule: Name of the rule.
+        path: Folder of the exported policy.
+        run: Run folder that the policy comes from.
+    """
+
+    name: str
+    kind: Kind
+    rule: str = ""
+    path: Path | None = None
+    run: Path | None = None
+
+    @property
+    def tuned(self) -> bool:
+        """Whether a rule takes the parameters that were tuned for the scenario."""
+        return self.kind == "rule" and self.name.endswith(TUNED)
+
+    def plays(self, scenario: str) -> bool:
+        """Whether the contender exists for a scenario: a rule may not be tuned for it."""
+        return not self.tuned or is_tuned(self.rule, scenario)
+
+    def rule_for(self, scenario: str) -> Rule:
+        """Return the rule with its parameters for a scenario."""
+        return get_rule(self.rule, tuned_for=scenario if self.tuned else None)
+
+
+def is_tuned(rule: str, scenario: str) -> bool:
+    """Whether tuning found parameters of a rule for this very scenario."""
+    return rule in tuned_params().get(scenario, {})
+
+
+def resolve(names: Sequence[str], scenarios: Iterable[str]) -> list[Contender]:
+    """Return the contenders that a user names.
+
+    A run brings the policy it started from in a row of its own, and the champion comes with its
+    parameters tuned for the scenario where there are such.
+
+    Args:
+        names: As in the module's docstring.
+        scenarios: Names of the scenarios they will play.
+
+    Raises:
+        InputError: A policy is unknown or cannot be read, or two have the same name.
+    """
+    played = list(scenarios)
+    found: list[Contender] = []
+    for name in names:
+        for contender in _named(name):
+            if contender.tuned and not any(map(contender.plays, played)):
+                raise InputError(
+                    f"rule '{contender.rule}' was not tuned for {', '.join(played)}",
+                    f"mmrl tune {contender.rule} {played[0]}",
+                )
+            if contender not in found:
+                found.append(contender)
+    champion = Contender(CHAMPION + TUNED, "rule", CHAMPION)
+    names_found = [contender.name for contender in found]
+    if CHAMPION in names_found and champion not in found and any(map(champion.plays, played)):
+        found.insert(names_found.index(CHAMPION) + 1, champion)
+    for contender in found:
+        if sum(contender.name == other.name for other in found) > 1:
+            raise InputError(
+                f"two policies are named '{contender.name}'", "name one of them: label=path"
+            )
+    return found
+
+
+def _named(name: str) -> list[Contender]:
+    if name.removesuffix(TUNED) in rule_names():
+        return [Contender(name, "rule", name.removesuffix(TUNED))]
+    label, _, place = name.rpartition("=")
+    path = Path(place.removesuffix(STEP0))
+    if not place or not path.exists():
+        raise _unknown(name, place)
+    learned = _learned(path, label or path.resolve().name)
+    if not place.endswith(STEP0):
+        return learned
+    if len(learned) == 1:
+        raise InputError(f"{path} is not a run: it has no step-0 policy", "name the run folder")
+    return [replace(learned[1], name=label) if label else learned[1]]
+
+
+def _learned(path: Path, label: str) -> list[Contender]:
+    """Return the policy of a run and the one it started from, or an exported policy."""
+    from mmrl.agents.export import load_policy
+
+    load_policy(path)  # says what is wrong now rather than in another process
+    if not is_run(path):
+        return [Contender(label, "learned", path=path)]
+    load_policy(path / STEP0_FOLDER)
+    return [
+        Contender(label, "learned", path=path / BEST_FOLDER, run=path),
+        Contender(f"{label} step 0", "step0", path=path / STEP0_FOLDER, run=path),
+    ]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one of `mmrl.agents.runs`."""
+    return (folder / "config.json").is_file() and not (folder / "policy.json").exists()
+
+
+def _unknown(name: str, place: str) -> InputError:
+    folders = [str(folder) for folder in Path("runs").glob("*/")] if Path("runs").is_dir() else []
+    known = rule_names()
+    near = nearest(place, [*known, *folders])
+    return InputError(
+        f"unknown policy '{name}'",
+        near or f"a rule ({', '.join(known)}), a run folder or an exported policy",
+    )

@@ -1,0 +1,387 @@
+"""`Results`: what an evaluation found, as tables on disk and as the summary that people read.
+
+A results folder holds ``summary.json`` (figures with intervals, and where they come from),
+``episodes.parquet`` and ``models.parquet`` (a row per episode, per episode and model),
+``latencies.parquet`` (quantiles over all requests) and ``timelines.json``.
+"""
+
+import io
+import json
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmrl.agents.contenders import Contender
+from mmrl.agents.play import LATENCIES, Board, Played
+from mmrl.errors import InputError
+from mmrl.files import atomic_write, write_json
+from mmrl.stats import (
+    Interval,
+    bootstrap,
+    holm,
+    improvements,
+    iqm,
+    sign_flip_p,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+VERSION = 1
+SUMMARY = "summary.json"
+TABLES = ("episodes", "models", "latencies")
+FILES = (SUMMARY, "timelines.json", *(f"{name}.parquet" for name in TABLES))
+QUANTILES = np.linspace(0, 1, 201)
+MEANS = (  # over episodes
+    "goodput",
+    "goodput_worst_model",
+    "fairness",
+    "norm_latency",
+    "missed_ttft",
+    "missed_tpot",
+    "refused",
+    "unfinished",
+    "requests",
+    "loads_per_s",
+    "preemptions_per_s",
+    "outs_per_s",
+    "kv_dropped_per_s",
+    "load_bytes_per_s",
+    "stream_bytes_per_s",
+    "kv_save_bytes_per_s",
+    "kv_restore_bytes_per_s",
+    "decisions_per_s",
+    "gpu_share",
+    "link_in_share",
+    "illegal_actions",
+)
+
+
+@dataclass
+class Results:
+    """What an evaluation found.
+
+    Attributes:
+        summary: Boards with their rows, policies and provenance.
+        episodes: A row per board, load, policy and episode.
+        models: A row per model of these.
+        latencies: Quantiles of TTFT, TPOT and normalised latency over all requests.
+        timelines: One episode as some policies played it, for the report.
+    """
+
+    summary: dict[str, Any]
+    episodes: "pd.DataFrame"
+    models: "pd.DataFrame"
+    latencies: "pd.DataFrame"
+    timelines: list[dict[str, Any]]
+
+    def write(self, folder: Path) -> None:
+        """Write all files; the folder takes its place only when all of them are whole.
+
+        Raises:
+            InputError: The folder holds something else, or nothing can be written there.
+            MmrlError: The disk is full.
+        """
+        check_place(folder)
+        new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+        old = new.with_suffix(".old")
+        try:
+            for name in TABLES:
+                buffer = io.BytesIO()
+                getattr(self, name).to_parquet(buffer, index=False, compression="zstd")
+                with atomic_write(new / f"{name}.parquet", "wb") as file:
+                    file.write(buffer.getvalue())
+            write_json(new / "timelines.json", self.timelines)
+            write_json(new / SUMMARY, self.summary)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        finally:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Results":
+        """Read what `write` wrote.
+
+        Raises:
+            InputError: It is not a results folder, is empty, or is of another version.
+        """
+        import pandas as pd
+
+        remedy = "evaluate again: mmrl evaluate"
+        try:
+            summary = json.loads((folder / SUMMARY).read_text("utf-8"))
+            version = summary["version"]
+            if version != VERSION:
+                raise InputError(
+                    f"{folder} was written by another version of mmrl (format {version}, "
+                    f"this one reads {VERSION})",
+                    remedy,
+                )
+            tables = [pd.read_parquet(folder / f"{name}.parquet") for name in TABLES]
+            timelines = json.loads((folder / "timelines.json").read_text("utf-8"))
+        except FileNotFoundError:
+            missing = next(n for n in FILES if not (folder / n).is_file())
+            raise InputError(f"{folder} holds no results: {missing} is missing", remedy) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder}: cannot read the results: {error}", remedy) from error
+        if not summary["boards"] or tables[0].empty:
+            raise InputError(f"{folder}: the results are empty", remedy)
+        episodes, models, latencies = tables
+        return cls(summary, episodes, models, latencies, timelines)
+
+
+def is_results(folder: Path) -> bool:
+    """Whether a folder looks like one of results."""
+    return (folder / SUMMARY).is_file()
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a place for results that holds something else.
+
+    Raises:
+        InputError: It does.
+    """
+    if folder.exists() and not (
+        folder.is_dir() and (is_results(folder) or not any(folder.iterdir()))
+    ):
+        raise InputError(f"{folder} is there and holds no results", "choose another --out")
+
+
+def collect(
+    boards: Sequence[Board],
+    contenders: Sequence[Contender],
+    played: Sequence[Played],
+    decision_us: dict[tuple[str, str], float],
+    timelines: list[dict[str, Any]],
+    provenance: dict[str, Any],
+    seed: int = 0,
+) -> Results:
+    """Put together what was played.
+
+    Args:
+        boards: What was played on.
+        contenders: Who played.
+        played: What came of it.
+        decision_us: Decision latency by names of board and policy.
+        timelines: See `Results`.
+        provenance: Where the figures come from.
+        seed: Of the bootstrap.
+    """
+    import pandas as pd
+
+    episodes = pd.DataFrame([row for part in played for row in part.episodes])
+    models = pd.DataFrame([row for part in played for row in part.models])
+    latencies = _quantiles(played)
+    order = {contender.name: k for k, contender in enumerate(contenders)}
+    kinds = {contender.name: contender.kind for contender in contenders}
+    rows = _rows(episodes, latencies, kinds, _started_from(contenders), seed)
+    for row in rows:
+        row["decision_us"] = decision_us.get((row["board"], row["policy"]))
+    summary = {
+        "version": VERSION,
+        "boards": [_board(board, rows, episodes, models, order) for board in boards],
+        "policies": [
+            {
+                "name": contender.name,
+                "kind": contender.kind,
+                "path": str(contender.path) if contender.path else None,
+                "run": str(contender.run) if contender.run else None,
+            }
+            for contender in contenders
+        ],
+        "provenance": provenance,
+    }
+    return Results(_plain(summary), episodes, models, latencies, timelines)
+
+
+def _board(
+    board: Board,
+    rows: list[dict[str, Any]],
+    episodes: "pd.DataFrame",
+    models: "pd.DataFrame",
+    order: dict[str, int],
+) -> dict[str, Any]:
+    mine = [row for row in rows if row["board"] == board.name]
+    loads = sorted({row["load"] for row in mine})
+    main = 1.0 if 1.0 in loads else loads[-1]
+    at_main = episodes[(episodes.board == board.name) & (episodes.load == main)]
+    return {
+        "name": board.name,
+        "scenario": board.scenario,
+        "trace": board.trace,
+        "notes": board.windows[main].notes if board.trace else (),
+        "loads": loads,
+        "main_load": main,
+        "episodes": int(at_main.episode.nunique()),
+        "rows": mine,
+        "models": _models(models[(models.board == board.name) & (models.load == main)], order),
+    }
+
+
+def _started_from(contenders: Sequence[Contender]) -> dict[str, str]:
+    """Name the step-0 policy of each learned policy that has one here."""
+    steps = {c.run: c.name for c in contenders if c.kind == "step0"}
+    return {c.name: steps[c.run] for c in contenders if c.kind == "learned" and c.run in steps}
+
+
+def _rows(
+    episodes: "pd.DataFrame",
+    latencies: "pd.DataFrame",
+    kinds: Mapping[str, str],
+    started_from: dict[str, str],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Return a row per board, load and policy: figures, and differences to the best rule."""
+    rows = []
+    for (board, load), group in episodes.groupby(["board", "load"], sort=False):
+        tables = {
+            str(policy): table.set_index("episode").sort_index()
+            for policy, table in group.groupby("policy")
+        }
+        rules = [name for name in tables if kinds[name] == "rule"]
+        best = max(rules, key=lambda name: _standing(tables[name]), default=None)
+        for name in (name for name in kinds if name in tables):
+            row = _row(tables[name], seed)
+            row |= {"board": board, "load": load, "policy": name, "kind": kinds[name]}
+            row["is_best_rule"] = name == best
+            if best is not None and name != best:
+                row["vs_best_rule"] = {"policy": best} | _compare(tables[name], tables[best], seed)
+            step0 = started_from.get(name)
+            if step0 in tables:
+                row["vs_step0"] = {"policy": step0} | _compare(tables[name], tables[step0], seed)
+            rows.append(row)
+    by_key = latencies.set_index(["board", "load", "policy", "metric", "quantile"]).value
+    for row in rows:
+        key = row["board"], row["load"], row["policy"]
+        for metric in ("ttft_s", "tpot_s"):
+            for q in (50, 99):
+                row[f"{metric[:-2]}_p{q}_s"] = float(by_key.get((*key, metric, q / 100), np.nan))
+    _adjust(rows)
+    return rows
+
+
+def _standing(table: "pd.DataFrame") -> tuple[float, float]:
+    return float(table.goodput.mean()), -float(table.norm_latency.mean())
+
+
+def _row(table: "pd.DataFrame", seed: int) -> dict[str, Any]:
+    goodput = table.goodput.dropna().to_numpy()
+    return {
+        "episodes": len(table),
+        "requests": int(table.requests.sum()),
+        **{name: float(table[name].mean()) for name in MEANS if name != "requests"},
+        "goodput_interval": _list(bootstrap([goodput], seed=seed)) if len(goodput) else None,
+        "goodput_iqm": float(iqm(goodput)) if len(goodput) else None,
+        "longest_wait_s": float(table.longest_wait_s.max()),
+        "verbs_per_min": {
+            name.removeprefix("verb_"): float((table[name] / table.elapsed_s).mean() * 60)
+            for name in table.columns
+            if name.startswith("verb_")
+        },
+    }
+
+
+def _compare(ours: "pd.DataFrame", theirs: "pd.DataFrame", seed: int) -> dict[str, Any]:
+    """Compare two policies episode by episode; an episode without requests says nothing."""
+    found: dict[str, Any] = {}
+    for metric in ("goodput", "norm_latency"):
+        difference = (ours[metric] - theirs[metric]).dropna().to_numpy()
+        found[metric] = _list(bootstrap([difference], seed=seed)) if len(difference) else None
+    both = ours.goodput.notna() & theirs.goodput.notna()
+    better = improvements(ours.goodput[both].to_numpy(), theirs.goodput[both].to_numpy())
+    if len(better):
+        found["improvement"] = _list(bootstrap([better], seed=seed))
+        difference = (ours.goodput - theirs.goodput)[both].to_numpy()
+        found["p"] = sign_flip_p(difference, seed)
+    return found
+
+
+def _adjust(rows: list[dict[str, Any]]) -> None:
+    """Adjust the p-values of all differences to the best rules at once (Holm)."""
+    compared = [row["vs_best_rule"] for row in rows if "p" in row.get("vs_best_rule", {})]
+    for entry, p in zip(compared, holm([entry["p"] for entry in compared]), strict=True):
+        entry["p_holm"] = float(p)
+
+
+def _quantiles(played: Sequence[Played]) -> "pd.DataFrame":
+    import pandas as pd
+
+    pooled: dict[tuple[str, float, str], list[Played]] = {}
+    for part in played:
+        key = part.piece.board, part.piece.load, part.piece.contender.name
+        pooled.setdefault(key, []).append(part)
+    tables = []
+    for (board, load, policy), parts in pooled.items():
+        for metric in LATENCIES:
+            values = np.concatenate([part.latencies[metric] for part in parts])
+            if len(values) == 0:
+                continue
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "board": board,
+                        "load": load,
+                        "policy": policy,
+                        "metric": metric,
+                        "quantile": QUANTILES.round(3),
+                        "value": np.quantile(values.astype(np.float64), QUANTILES),
+                    }
+                )
+            )
+    return pd.concat(tables, ignore_index=True)
+
+
+def _models(models: "pd.DataFrame", order: dict[str, int]) -> list[dict[str, Any]]:
+    """Return figures per model and policy; of a drawn fleet, per architecture."""
+    fleets = models.groupby(["policy", "episode"], sort=False).model.agg(tuple)
+    fixed = fleets.nunique() == 1
+    table = models.copy()
+    if not fixed:
+        table["model"] = table.model.str.partition("#")[0]
+    names = list(dict.fromkeys(table.model))  # a fixed fleet in its order
+    table = table[table.requests > 0]
+    found = []
+    for model in names if fixed else sorted(names):
+        part = table[table.model == model]
+        for policy in sorted(part.policy.unique(), key=order.__getitem__):
+            mine = part[part.policy == policy]
+            weights = mine.requests / mine.requests.sum()
+            found.append(
+                {
+                    "model": model,
+                    "policy": policy,
+                    "requests": int(mine.requests.sum()),
+                    **{
+                        name: float((mine[name] * weights).sum())
+                        for name in ("goodput", "norm_latency", "ttft_mean_s")
+                    },
+                    "loads": float(mine.loads.mean()),
+                    "preemptions": float(mine.preemptions.mean()),
+                    "gpu_share": float(mine.gpu_share.mean()),
+                }
+            )
+    return found
+
+
+def _list(interval: Interval) -> list[float]:
+    return [interval.estimate, interval.low, interval.high]
+
+
+def _plain(value: Any) -> Any:
+    """Replace NaN, which JSON does not know, by None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

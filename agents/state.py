@@ -1,0 +1,63 @@
+"""The state of a training run between two iterations: all on which the rest of it depends."""
+
+from pathlib import Path
+from typing import Any
+
+import torch as th
+
+from mmrl.agents import runs
+from mmrl.agents.nodes import TrainingNodes
+from mmrl.agents.ppo import EventTimePPO
+from mmrl.errors import InputError
+from mmrl.files import atomic_write
+
+
+def snapshot(model: EventTimePPO, nodes: TrainingNodes) -> dict[str, Any]:
+    """Return everything on which the rest of a training depends, between two iterations."""
+    arrays = nodes.get_state()
+    return {
+        "steps": model.num_timesteps,
+        "updates": model._n_updates,
+        "policy": model.policy.state_dict(),
+        "optimizer": model.policy.optimizer.state_dict(),
+        "random": th.get_rng_state(),
+        "nodes": {
+            key: value if isinstance(value, str) else th.from_numpy(value)
+            for key, value in arrays.items()
+        },
+    }
+
+
+def restore(model: EventTimePPO, nodes: TrainingNodes, state: dict[str, Any]) -> None:
+    """Bring model and nodes into a state that `snapshot` returned."""
+    model.num_timesteps = int(state["steps"])
+    model._n_updates = int(state["updates"])
+    model.policy.load_state_dict(state["policy"])
+    model.policy.optimizer.load_state_dict(state["optimizer"])
+    th.set_rng_state(state["random"])
+    nodes.reset()
+    arrays = {k: v if isinstance(v, str) else v.numpy() for k, v in state["nodes"].items()}
+    model._last_obs = nodes.set_state(arrays)
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write the state of a run; tensors, numbers and text only."""
+    with atomic_write(folder / runs.STATE, "wb") as file:
+        th.save(state, file)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the state of a run.
+
+    Raises:
+        InputError: There is none, or it is damaged.
+    """
+    path = folder / runs.STATE
+    try:
+        state: dict[str, Any] = th.load(path, weights_only=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot read {path}: {reason}", "name the folder of a run") from error
+    except Exception as error:  # what torch raises for a damaged file is not one thing
+        raise InputError(f"{path}: damaged", "train again") from error
+    return state

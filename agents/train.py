@@ -1,0 +1,204 @@
+"""`train`: one run of PPO from a configuration to a folder, interruptible at any time.
+
+The loop is Stable-Baselines3's; `RunCallback` (in `mmrl.agents.callback`) evaluates, writes and
+stops between two iterations. Everything random hangs on the seed, and a run that was stopped
+continues to the same result, bit for bit, as one that was not (unless it ends by the clock).
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+
+from mmrl.agents import runs
+from mmrl.agents.callback import Progress, RunCallback
+from mmrl.agents.config import TrainConfig
+from mmrl.agents.export import PriorRule
+from mmrl.agents.nodes import TrainingNodes
+from mmrl.agents.policy import EquivariantPolicy
+from mmrl.agents.ppo import EventTimePPO
+from mmrl.agents.state import read_state, restore
+from mmrl.errors import InputError
+from mmrl.files import write_json
+from mmrl.rules import Rule, get_rule
+from mmrl.rules.registry import tuned_params
+from mmrl.scenarios.registry import get_scenario
+from mmrl.scenarios.schema import Scenario
+
+
+def train(config: TrainConfig, progress: Progress | None = None) -> Path:
+    """Train a policy.
+
+    Args:
+        config: What and how.
+        progress: Told how it goes, for a progress bar.
+
+    Returns:
+        The folder of the run. After Ctrl-C it holds everything to continue.
+
+    Raises:
+        InputError: A scenario or rule is unknown, a setting is wrong, or the run exists.
+    """
+    scenarios = [get_scenario(name) for name in config.scenarios]
+    rule = _prior_rule(config, scenarios)
+    update: dict[str, Any] = {"prior_rule": PriorRule.of(rule) if rule else None}
+    if not config.name:
+        update["name"] = "-".join([*(s.name for s in scenarios), f"s{config.seed}"])
+    config = config.model_copy(update=update)
+    folder = runs.new_run(config.out, config.name)
+    for scenario in scenarios:
+        write_json(
+            folder / runs.SCENARIOS / f"{scenario.name}.json", scenario.model_dump(mode="json")
+        )
+    write_json(folder / runs.CONFIG, config.model_dump(mode="json"))
+    runs.write_provenance(folder)
+    return _run(config, scenarios, rule, folder, None, progress)
+
+
+def resume(
+    folder: Path,
+    steps: int | None = None,
+    time_s: float | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Continue a run exactly where it was stopped.
+
+    Args:
+        folder: Of the run.
+        steps: Total steps in place of those of its configuration.
+        time_s: Time to go on for.
+        progress: Told how it goes.
+
+    Raises:
+        InputError: The folder holds no run of this version that can be continued.
+    """
+    config = read_config(folder)
+    state = read_state(folder)
+    if steps is not None:
+        config = config.model_copy(update={"steps": steps})
+    if time_s is not None:
+        config = config.model_copy(update={"time_s": state["elapsed_s"] + time_s})
+    if state["steps"] >= config.steps:
+        done = f"{state['steps']} of {config.steps} steps"
+        raise InputError(f"run {folder} is complete ({done})", "give more with --steps")
+    if config.time_s is not None and state["elapsed_s"] >= config.time_s:
+        raise InputError(f"the time of run {folder} is over", "give more with --time")
+    scenarios = [_read_scenario(path) for path in _scenario_files(folder, config)]
+    rule = config.prior_rule.rule() if config.prior_rule else None
+    return _run(config, scenarios, rule, folder, state, progress)
+
+
+def _prior_rule(config: TrainConfig, scenarios: list[Scenario]) -> Rule | None:
+    """Return the rule to build on, as tuned for the scenario where there is one and it was."""
+    if config.prior is None:
+        return None
+    tuned = tuned_params().get(scenarios[0].name, {}) if len(scenarios) == 1 else {}
+    return get_rule(config.prior, scenarios[0].name if config.prior in tuned else None)
+
+
+def _run(
+    config: TrainConfig,
+    scenarios: list[Scenario],
+    rule: Rule | None,
+    folder: Path,
+    state: dict[str, Any] | None,
+    progress: Progress | None,
+) -> Path:
+    th.set_num_threads(1)  # threads of its own would wait for each other in spin locks
+    nodes = TrainingNodes(
+        scenarios, config.envs, rule, config.privileged, config.seed, config.threads
+    )
+    try:
+        model = EventTimePPO(
+            EquivariantPolicy,
+            nodes,
+            discount_s=config.discount_s,
+            trace_s=config.trace_s,
+            threads=config.threads,
+            learning_rate=_linear(config.learning_rate),
+            n_steps=config.rollout_steps,
+            batch_size=config.batch_size,
+            n_epochs=config.epochs,
+            clip_range=config.clip,
+            ent_coef=config.entropy,
+            max_grad_norm=config.max_grad_norm,
+            stats_window_size=config.envs,
+            seed=config.seed,
+            policy_kwargs={"layout": nodes.layout, "width": config.width, "beta": config.beta},
+        )
+        step = int(state["steps"]) if state else 0
+        outputs: list[KVWriter] = [
+            runs.MetricsLog(folder, step),
+            TensorBoardOutputFormat(str(folder / runs.TENSORBOARD)),
+        ]
+        model.set_logger(Logger(str(folder), outputs))
+        callback = RunCallback(config, scenarios, rule, folder, progress)
+        if state is not None:
+            restore(model, nodes, state)
+            callback.set_state(state)
+        with _stopping_on_interrupt(callback.stop):
+            model.learn(config.steps - step, callback, reset_num_timesteps=state is None)
+        for output in outputs:
+            output.close()
+    finally:
+        nodes.close()
+    return folder
+
+
+def _linear(start: float) -> Callable[[float], float]:
+    return lambda left: start * left
+
+
+@contextmanager
+def _stopping_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """On the first Ctrl-C (or SIGTERM) stop after the iteration; a second one interrupts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def handle(number: int, frame: object) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        stop()
+
+    for number in signals:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """Return the configuration of a run.
+
+    Raises:
+        InputError: The folder holds no run of this version.
+    """
+    path = folder / runs.CONFIG
+    try:
+        return TrainConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot read {path}: {reason}", "name the folder of a run") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not of this version", "train again") from error
+
+
+def _scenario_files(folder: Path, config: TrainConfig) -> list[Path]:
+    return [folder / runs.SCENARIOS / f"{Path(name).stem}.json" for name in config.scenarios]
+
+
+def _read_scenario(path: Path) -> Scenario:
+    try:
+        return Scenario.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a scenario of this version", "train again") from error

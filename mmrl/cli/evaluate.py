@@ -1,0 +1,284 @@
+"""`mmrl evaluate`: policies on the same arrivals; tables here, Parquet and JSON on disk."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mmrl.errors import InputError
+from mmrl.scenarios.seeds import Split
+
+if TYPE_CHECKING:
+    from mmrl.agents.evaluate import Watch
+    from mmrl.agents.results import Results
+
+KIND_STYLE = {"learned": "bold cyan", "step0": "cyan", "rule": ""}
+COMPILING = "the first time, code is compiled: a minute or two"
+GOODPUT_NOTE = (
+    "vs best: against the best rule, points, paired by episode; P(better): share of\n"
+    "episodes that go better than with it; worst: the worst model of each episode"
+)
+LATENCY_NOTE = (
+    "norm.: E2E over the latency alone; TTFT of all requests; longest: wait for a first\n"
+    "token, s; µs: median time of a decision on this machine"
+)
+
+
+def command(
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Rules, run folders (runs/x, runs/x@step0) and exported policies, by commas; "
+            "all rules unless given."
+        ),
+    ] = "",
+    scenarios: Annotated[str, typer.Option(help="Names or .toml files, by commas.")] = "demo",
+    trace: Annotated[
+        list[Path] | None,
+        typer.Option(help="Recorded requests instead of the scenario's; may be repeated."),
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Per scenario and load.")] = 100,
+    split: Annotated[Split, typer.Option(help="Whose random streams.")] = "test",
+    loads: Annotated[
+        str,
+        typer.Option("--load", "--loads", help="Loads, by commas; 0.5,0.8,1,1.3 gives a curve."),
+    ] = "1.0",
+    out: Annotated[
+        Path | None, typer.Option(help="Results folder; in the run's folder unless given.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+) -> None:
+    """Compare policies on the same arrivals."""
+    from mmrl.agents.evaluate import evaluate
+    from mmrl.agents.results import check_place
+    from mmrl.rules import rule_names
+
+    console = Console(highlight=False)
+    place = out or _default_place(_names(policies))
+    check_place(place)
+    with progress(console) as watch:
+        results = evaluate(
+            _names(policies) or rule_names(),
+            _names(scenarios),
+            traces=trace or (),
+            loads=[_load(text) for text in _names(loads)],
+            episodes=episodes,
+            split=split,
+            workers=workers,
+            seed=seed,
+            watch=watch,
+        )
+    results.write(place)
+    print_results(results, console)
+    console.print(f"\nwrote {escape(str(place))}", soft_wrap=True)
+    console.print(f"a page about it: mmrl report {escape(str(place))}", soft_wrap=True)
+
+
+def print_results(results: "Results", console: Console) -> None:
+    """Print what each board says: who won, goodput, latency, and goodput per model and load."""
+    for board in results.summary["boards"]:
+        console.rule(f"[bold]{escape(board['name'])}[/]", align="left", style="dim")
+        for note in board["notes"]:
+            console.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
+        _print_headlines(board, console)
+        rows = [row for row in board["rows"] if row["load"] == board["main_load"]]
+        about = f"{board['episodes']} episodes at load {board['main_load']:g}"
+        console.print()
+        console.print(_goodput_table(rows, about))
+        console.print(f"[dim]{GOODPUT_NOTE}[/]\n")
+        console.print(_latency_table(rows))
+        console.print(f"[dim]{LATENCY_NOTE}[/]\n")
+        if len(board["loads"]) > 1:
+            console.print(_load_table(board), "")
+        console.print(_model_table(board, rows))
+
+
+def print_headlines(results: "Results", console: Console) -> None:
+    """Print who won on each board, and the goodput of all."""
+    for board in results.summary["boards"]:
+        _print_headlines(board, console)
+        rows = [row for row in board["rows"] if row["load"] == board["main_load"]]
+        console.print(_goodput_table(rows, f"{board['episodes']} episodes of {board['name']}"))
+        console.print()
+
+
+def _print_headlines(board: dict[str, Any], console: Console) -> None:
+    from mmrl.agents.headline import headlines
+
+    for headline in headlines(board):
+        console.print(f"[bold]{escape(headline.title)}[/]")
+        console.print(escape(headline.detail))
+
+
+def _goodput_table(rows: list[dict[str, Any]], about: str) -> Table:
+    from mmrl.agents.headline import points
+
+    table = _table(f"Goodput, {about}")
+    for heading in ("policy", "mean", "vs best", "95 % interval", "IQM", "P(better)", "worst"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
+    for row in rows:
+        versus = row.get("vs_best_rule")
+        difference = versus and versus["goodput"]
+        table.add_row(
+            _name(row),
+            _percent(row["goodput"]),
+            "best rule" if row["is_best_rule"] else points(difference and difference[0]),
+            f"{points(difference[1])} to {points(difference[2])}" if difference else "",
+            _percent(row["goodput_iqm"]),
+            _number(versus["improvement"][0], 2) if versus and "improvement" in versus else "",
+            _percent(row["goodput_worst_model"]),
+        )
+    return table
+
+
+def _latency_table(rows: list[dict[str, Any]]) -> Table:
+    table = _table("Latency and work")
+    for heading in (
+        "policy",
+        "norm.",
+        "TTFT p50",
+        "p99 s",
+        "longest",
+        "loads/s",
+        "preempt/s",
+        "µs",
+    ):
+        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            _name(row),
+            _number(row["norm_latency"], 2),
+            _number(row["ttft_p50_s"], 2),
+            _number(row["ttft_p99_s"], 1),
+            _number(row["longest_wait_s"], 1),
+            _number(row["loads_per_s"], 2),
+            _number(row["preemptions_per_s"], 2),
+            _number(row["decision_us"], 0),
+        )
+    return table
+
+
+def _load_table(board: dict[str, Any]) -> Table:
+    table = _table("Goodput at each load")
+    table.add_column("policy", no_wrap=True)
+    for load in board["loads"]:
+        table.add_column(f"{load:g}", justify="right")
+    by_key = {(row["policy"], row["load"]): row for row in board["rows"]}
+    for row in (row for row in board["rows"] if row["load"] == board["main_load"]):
+        cells = [by_key[row["policy"], load] for load in board["loads"]]
+        table.add_row(_name(row), *(_percent(cell["goodput"]) for cell in cells))
+    return table
+
+
+def _model_table(board: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
+    """Tabulate goodput per model: models across where they are few, policies down."""
+    models = list(dict.fromkeys(entry["model"] for entry in board["models"]))
+    table = _table("Goodput of each model")
+    table.add_column("policy", no_wrap=True)
+    for model in models:
+        table.add_column(escape(model.replace("-", "\n", 1)), justify="right")
+    by_key = {(entry["policy"], entry["model"]): entry["goodput"] for entry in board["models"]}
+    for row in rows:
+        table.add_row(_name(row), *(_percent(by_key.get((row["policy"], m))) for m in models))
+    requests = {entry["model"]: entry["requests"] for entry in board["models"]}
+    table.add_section()
+    table.add_row("[dim]requests[/]", *(f"[dim]{requests[model]:,}[/]" for model in models))
+    return table
+
+
+@contextmanager
+def progress(console: Console) -> Iterator["Watch"]:
+    """Show a bar with the time that is left; yields what `evaluate` tells of its progress."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("episodes,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    if not console.is_terminal:
+        console.print(f"evaluating ({COMPILING})")
+        yield lambda what, done, total: None
+        return
+    with console.status(f"reading ({COMPILING})") as status:
+        bar = Progress(*columns, console=console, transient=True)
+        task = bar.add_task("playing", total=None)
+
+        def watch(what: str, done: int, total: int) -> None:
+            if what == "playing" and done > 0:
+                status.stop()
+                bar.start()
+                bar.update(task, completed=done, total=total)
+            elif what != "playing":
+                bar.stop()
+                status.update(what)
+                status.start()
+
+        try:
+            yield watch
+        finally:
+            bar.stop()
+
+
+def _default_place(names: list[str]) -> Path:
+    """Put results into the folder of the run they are about, where there is only one."""
+    folders = {
+        Path(name.rpartition("=")[2].removesuffix("@step0"))
+        for name in names
+        if Path(name.rpartition("=")[2].removesuffix("@step0")).is_dir()
+    }
+    if len(folders) == 1:
+        return folders.pop() / "evaluation"
+    return Path("runs") / f"evaluation-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _load(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"load is '{text}', not a number", "for example --loads 0.5,1") from None
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+    )
+
+
+def _name(row: dict[str, Any]) -> str:
+    style = KIND_STYLE[row["kind"]]
+    name = escape(row["policy"])
+    return f"[{style}]{name}[/]" if style else name
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share * 100:.1f}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,153 @@
+"""`mmrl train`: train a PPO scheduler."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmrl.errors import InputError
+
+UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
+TIMES = {"s": 1, "m": 60, "h": 3600}
+
+
+def command(
+    scenarios: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names (mmrl scenarios list) or paths; several are mixed."),
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Decisions to learn from: 500k, 2M.", show_default="2M")
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Stop after so long, if that comes first: 90s, 10m, 1h.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the network and of all episodes.")] = 0,
+    name: Annotated[
+        str, typer.Option(help="Of the run's folder.", show_default="scenario and seed")
+    ] = "",
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder; other options stay.")
+    ] = None,
+    prior: Annotated[
+        bool, typer.Option(help="Start from the slack rule and learn where to deviate from it.")
+    ] = True,
+    privileged: Annotated[
+        bool, typer.Option(help="Let the critic see the future; the policy never does.")
+    ] = True,
+    envs: Annotated[int, typer.Option(help="Nodes simulated side by side.")] = 256,
+    threads: Annotated[
+        int, typer.Option(help="Threads; the result does not depend on their number.")
+    ] = 2,
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting, see below: --set entropy=0.005"),
+    ] = None,
+) -> None:
+    r"""Train a PPO scheduler on scenarios.
+
+    The run's folder holds the best policy (by goodput on development seeds), the
+    last one, logs for TensorBoard and everything to continue. Ctrl-C stops after
+    the present iteration.
+
+    \b
+      mmrl train fast --time 10m
+      mmrl train fast slow --steps 5M --seed 1
+      mmrl train --resume runs/fast-s0 --steps 4M
+
+    Settings for --set: beta, width, rollout_steps, batch_size, epochs,
+    learning_rate, entropy, clip, discount_s, trace_s, max_grad_norm, eval_every,
+    eval_episodes.
+    """
+    total = _number(steps, UNITS, "steps") if steps is not None else None
+    time_s = _number(time, TIMES, "time") if time is not None else None
+    if resume is not None:
+        if scenarios:
+            raise InputError("scenarios and --resume", "a run keeps its scenarios: leave them out")
+        folder = _shown(None, resume, total, time_s)
+    else:
+        if not scenarios:
+            raise InputError("no scenario given", "mmrl scenarios list shows them")
+        values: dict[str, Any] = {
+            "scenarios": tuple(scenarios),
+            "time_s": time_s,
+            "seed": seed,
+            "name": name,
+            "prior": "slack" if prior else None,
+            "privileged": privileged,
+            "envs": envs,
+            "threads": threads,
+            "out": out,
+            **_settings(set_ or []),
+        }
+        if total is not None:
+            values["steps"] = int(total)
+        elif time_s is not None:
+            values["steps"] = 1_000_000_000  # the clock decides
+        folder = _shown(values, None, None, None)
+    _tell(folder)
+
+
+def _tell(folder: Path) -> None:
+    """Say what a run came to, and what to do with it."""
+    from mmrl.agents.runs import read_metrics
+    from mmrl.agents.train import read_config
+
+    metrics = read_metrics(folder)
+    evaluated = metrics.dropna(subset=["eval/score"])
+    if len(evaluated):
+        best = evaluated.iloc[int(evaluated["eval/score"].to_numpy().argmax())]
+        line = f"best on development seeds: goodput {best['eval/goodput']:.4f}"
+        if "eval/goodput_gain" in best:
+            line += (
+                f", {best['eval/goodput_gain']:+.4f} (standard error "
+                f"{best['eval/goodput_gain_error']:.4f}) against the rule it builds on"
+            )
+        typer.echo(f"{line}, after {int(best['eval/step'])} decisions")
+    names = ",".join(read_config(folder).scenarios)
+    typer.echo(f"{folder}: {int(metrics['step'].iloc[-1])} decisions")
+    typer.echo(f"compare it: mmrl evaluate --policies {folder},slack --scenarios {names}")
+
+
+def _number(text: str, units: dict[str, int], name: str) -> float:
+    """Read a number with a unit at its end."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in units or float(match[1]) <= 0:
+        example = "500k or 2M" if name == "steps" else "90s, 10m or 1h"
+        raise InputError(f"{name} is '{text}'", f"write {example}")
+    return float(match[1]) * units[match[2]]
+
+
+def _settings(pairs: list[str]) -> dict[str, str]:
+    """Read ``name=value`` pairs."""
+    found = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise InputError(f"--set {pair}: no value", "write --set name=value")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def _shown(
+    values: dict[str, Any] | None,
+    folder: Path | None,
+    steps: float | None,
+    time_s: float | None,
+) -> Path:
+    """Train or continue behind a progress bar; return the run's folder."""
+    from mmrl.agents.config import build_config
+    from mmrl.agents.progress import ProgressBar
+    from mmrl.agents.train import read_config, resume, train
+
+    if values is not None:
+        config = build_config(**values)
+        with ProgressBar(config.steps, config.time_s) as bar:
+            return train(config, bar)
+    assert folder is not None
+    config = read_config(folder)
+    total = int(steps) if steps is not None else config.steps
+    with ProgressBar(total, time_s if time_s is not None else config.time_s) as bar:
+        return resume(folder, total, time_s, bar)

@@ -18,6 +18,7 @@ from mmrl.agents.config import TrainConfig
 from mmrl.agents.export import ExportedPolicy, Floats, PolicyCard, save_policy
 from mmrl.agents.nodes import TrainingNodes
 from mmrl.agents.ppo import EventTimePPO
+from mmrl.agents.provenance import git_commit, versions
 from mmrl.agents.runner import play
 from mmrl.agents.state import snapshot, write_state
 from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES
@@ -189,8 +190,8 @@ class RunCallback(BaseCallback):
             scenarios=self._names,
             seed=config.seed,
             steps=self.num_timesteps,
-            versions=runs.versions(),
-            git_commit=runs.git_commit(),
+            versions=versions(),
+            git_commit=git_commit(),
         )
         return ExportedPolicy(card, weights)
 

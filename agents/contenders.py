@@ -59,11 +59,17 @@ def is_tuned(rule: str, scenario: str) -> bool:
     return rule in tuned_params().get(scenario, {})
 
 
+def _differs(scenario: str) -> bool:
+    """Whether the champion tuned for a scenario is another than the champion."""
+    params = tuned_params().get(scenario, {}).get(CHAMPION)
+    return params is not None and get_rule(CHAMPION, **params) != get_rule(CHAMPION)
+
+
 def resolve(names: Sequence[str], scenarios: Iterable[str]) -> list[Contender]:
     """Return the contenders that a user names.
 
-    A run brings the policy it started from in a row of its own, and the champion comes with its
-    parameters tuned for the scenario where there are such.
+    A run brings the policy it started from in a row of its own, and the champion comes once more
+    with the parameters tuned for the scenario where these are others.
 
     Args:
         names: As in the module's docstring.
@@ -85,7 +91,7 @@ def resolve(names: Sequence[str], scenarios: Iterable[str]) -> list[Contender]:
                 found.append(contender)
     champion = Contender(CHAMPION + TUNED, "rule", CHAMPION)
     names_found = [contender.name for contender in found]
-    if CHAMPION in names_found and champion not in found and any(map(champion.plays, played)):
+    if CHAMPION in names_found and champion not in found and any(map(_differs, played)):
         found.insert(names_found.index(CHAMPION) + 1, champion)
     for contender in found:
         if sum(contender.name == other.name for other in found) > 1:

@@ -28,7 +28,7 @@ def provenance(scenarios: Sequence[Scenario], **more: Any) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": git_commit(),
-        "versions": {"mmrl": mmrl.__version__, "python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "machine": {"system": platform.platform(), "processor": _processor()},
         "scenarios": {scenario.name: scenario_hash(scenario) for scenario in scenarios},
         **more,
@@ -61,13 +61,14 @@ def git_commit() -> str | None:
     return f"{head}+" if changes else head
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Return the versions of mmrl, Python and the packages that decide about results."""
+    found = {"mmrl": mmrl.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+        except PackageNotFoundError:  # a part of the system that pip does not know
+            found[package] = "unknown"
     return found
 
 

@@ -13,23 +13,20 @@
 import csv
 import io
 import platform
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from stable_baselines3.common.logger import KVWriter
 
-from mmrl import __version__
+from mmrl.agents.provenance import git_commit, versions
 from mmrl.errors import InputError
 from mmrl.files import atomic_write, write_json
 
 CONFIG, PROVENANCE, METRICS, STATE = "config.json", "provenance.json", "metrics.csv", "state.pt"
 SCENARIOS, TENSORBOARD, CHECKPOINTS = "scenarios", "tensorboard", "checkpoints"
 STEP0, BEST, LAST = "policy_step0", "policy_best", "policy_last"
-PACKAGES = ("numpy", "numba", "torch", "stable-baselines3", "sb3-contrib", "gymnasium")
 STEP = "time/total_timesteps"
 
 
@@ -45,34 +42,6 @@ def new_run(out: Path, name: str) -> Path:
             f"run {folder} exists already", f"continue it with --resume {folder}, or choose --name"
         )
     return folder
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of mmrl, Python and the packages that decide about results."""
-    found = {"mmrl": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a part of the system that pip does not know
-            found[package] = "unknown"
-    return found
-
-
-def git_commit() -> str | None:
-    """Return the commit of the checkout that mmrl is imported from, with + if it was changed."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit, status = (
-            subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if status else "")
 
 
 def write_provenance(folder: Path) -> None:

@@ -1,9 +1,9 @@
 """How fast the environment is, beside its peers, measured in one run on one thread.
 
-    python benchmarks/env_speed.py [--scenario fast-8] [--seconds 5] [--sched-sim PYTHON]
+    python benchmarks/env_speed.py [--seconds 5] [--envs 64] [--sched-sim PYTHON]
 
-Prints one line per figure and, with ``--out``, writes them as JSON. ``--sched-sim`` names the Python of an
-environment in which the package sched-sim 0.2.1 is installed (it is a peer, not a dependency).
+Prints one line per figure and, with ``--out``, writes them as JSON. ``--sched-sim`` names the
+Python of an environment that has the package sched-sim 0.2.1 (a peer, not a dependency).
 The ratios matter: they were taken in the same run on the same machine.
 """
 

@@ -35,6 +35,8 @@ def imports(tree: ast.AST, package: str, in_function: bool = False) -> Iterator[
             base = ".".join([*(parents if node.level else []), *filter(None, [node.module])])
             yield from ((f"{base}.{alias.name}", in_function) for alias in node.names)
         else:
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                in_function = True  # never runs: as lazy as can be
             function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             yield from imports(node, package, in_function or function)
 
@@ -64,6 +66,8 @@ def upward(file: Path, source: str) -> list[str]:
         ("files.py", "from mmrl.errors import x\nimport gymnasium.envs", []),
         ("cli/a.py", "from mmrl.agents import x", ["mmrl.agents.x"]),
         ("cli/a.py", "def f():\n    from mmrl.agents import x", []),
+        ("cli/a.py", "if TYPE_CHECKING:\n    from mmrl.agents import x", []),
+        ("files.py", "if TYPE_CHECKING:\n    from mmrl.agents import x", ["mmrl.agents.x"]),
         ("envs/a.py", "import mmrl.node.jit, mmrl.agents", ["mmrl.agents"]),
         ("envs/a.py", "if True:\n    from mmrl.deploy import x", ["mmrl.deploy.x"]),
         ("agents/a.py", "from mmrl.envs import x\nimport mmrl.deploy", ["mmrl.deploy"]),

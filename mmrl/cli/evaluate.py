@@ -26,8 +26,8 @@ GOODPUT_NOTE = (
     "episodes that go better than with it; worst: the worst model of each episode"
 )
 LATENCY_NOTE = (
-    "norm.: E2E over the latency alone; TTFT of all requests; longest: wait for a first\n"
-    "token, s; µs: median time of a decision on this machine"
+    "norm.: E2E over the latency alone; TTFT: of all requests; longest: the longest\n"
+    "wait for a first token, s; µs: median time of a decision on this machine"
 )
 
 
@@ -226,9 +226,9 @@ def progress(console: Console) -> Iterator["Watch"]:
                 status.stop()
                 bar.start()
                 bar.update(task, completed=done, total=total)
-            elif what != "playing":
+            else:
                 bar.stop()
-                status.update(what)
+                status.update(what if total == 0 else f"{what} ({COMPILING})")
                 status.start()
 
         try:

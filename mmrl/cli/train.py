@@ -108,6 +108,9 @@ def _tell(folder: Path) -> None:
         typer.echo(f"{line}, after {int(best['eval/step'])} decisions")
     names = ",".join(read_config(folder).scenarios)
     typer.echo(f"{folder}: {int(metrics['step'].iloc[-1])} decisions")
+    typer.echo(
+        f"continue it: mmrl train --resume {folder} (with more --steps or --time if it is over)"
+    )
     typer.echo(f"compare it: mmrl evaluate --policies {folder},slack --scenarios {names}")
 
 

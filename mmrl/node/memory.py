@@ -12,6 +12,7 @@ from mmrl.node.state import (
     IDLE,
     LINK_LOAD,
     PREFILL,
+    Nodes,
     Record,
 )
 
@@ -51,7 +52,7 @@ def promised_bytes(s: Record) -> int:
 
 
 @jit
-def releasing_from(s: Record, r: Record, m: int) -> int:
+def releasing_from(s: Record, r: Nodes, m: int) -> int:
     """Return the bytes of model ``m`` whose release is committed but has not happened yet."""
     total = s.saving_blocks[m] * s.block_bytes[m]
     if s.granted[m] > s.target[m]:
@@ -65,7 +66,7 @@ def releasing_from(s: Record, r: Record, m: int) -> int:
 
 
 @jit
-def releasing_bytes(s: Record, r: Record) -> int:
+def releasing_bytes(s: Record, r: Nodes) -> int:
     """Return the bytes whose release is committed but has not happened yet."""
     total = 0
     for m in range(s.n_models):

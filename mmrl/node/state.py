@@ -19,7 +19,7 @@ QUEUE_SLOTS = (
 BLOCK_TOKENS = 16
 SEGMENT_STEPS = BLOCK_TOKENS  # decode steps between two settlings of price and KV blocks
 CHUNK_TOKENS = 2048
-NEVER = np.int64(2**62)  # later than any instant of an episode
+NEVER = 2**62  # later than any instant of an episode
 
 # States of a request.
 UNARRIVED, QUEUED, PREFILL, DECODE, SAVING, SAVED, RESTORING, JOINING, DONE, REFUSED = range(10)

@@ -18,7 +18,7 @@ from mmrl.node.actions import (
     some_verb_legal,
 )
 from mmrl.node.jit import jit
-from mmrl.node.memory import has_work, keep_load_queue, take_blocks
+from mmrl.node.memory import drop_from, has_work, keep_load_queue, take_blocks
 from mmrl.node.observe import RATE_LONG_S, RATE_SHORT_S
 from mmrl.node.requests import (
     admit,
@@ -119,9 +119,7 @@ def start_h2d(s: Record, r: Nodes) -> None:
     duration = 0
     if s.restore_len > 0:
         i = s.restore_queue[0]
-        for k in range(1, s.restore_len):
-            s.restore_queue[k - 1] = s.restore_queue[k]
-        s.restore_len -= 1
+        s.restore_len = drop_from(s.restore_queue, s.restore_len, i)
         m = r[i].model
         duration = s.restore_fixed_ns[m] + int(r[i].blocks * s.restore_block_ns[m] + 0.5)
         s.h2d_kind = LINK_RESTORE
@@ -197,9 +195,7 @@ def start_d2h(s: Record, r: Nodes) -> None:
     if s.save_len == 0:
         return
     i = s.save_queue[0]
-    for k in range(1, s.save_len):
-        s.save_queue[k - 1] = s.save_queue[k]
-    s.save_len -= 1
+    s.save_len = drop_from(s.save_queue, s.save_len, i)
     m = r[i].model
     duration = s.save_fixed_ns[m] + int(r[i].blocks * s.save_block_ns[m] + 0.5)
     s.d2h_request = i
@@ -329,7 +325,7 @@ def choose_model(s: Record, r: Nodes, ready: npt.NDArray[np.int8]) -> int:
         m = (s.rr_last + step) % s.n_models
         if ready[m] > 0:
             if s.dispatch != DISPATCH_LAS:
-                return m
+                return int(m)
             prefills = ready[m] == 2 and not decodes_next(s, m)
             attained = 0 if prefills else least_generated(s, r, m)
             if chosen < 0 or attained < least:

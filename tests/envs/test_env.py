@@ -100,7 +100,7 @@ def test_strict_raises_and_names_the_action(busy: Scenario) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_from_the_future_is_observed(busy: Scenario, seed: int) -> None:
     env = MultiModelServingEnv(busy, suggestion="slack", privileged=True)
-    play(env, seed, steps=20 + 10 * seed)
+    play(env, seed, steps=3 + 3 * seed)
     mask, seen = env.action_masks(), env.batch.observe()[0]
     node, requests = env.batch.simulator.nodes[0], env.batch.simulator.requests[0]
     coming = requests[int(node.next_arrival) : int(node.n_requests)]

@@ -214,7 +214,7 @@ def test_slack_preempts_when_the_slack_falls_below_its_patience(patience: float)
 def test_slack_does_not_preempt_who_would_lose_as_much() -> None:
     # tokens come every 5 ms and are due every 6: never far enough ahead for a swap of two loads
     s, r, *tables = small_node([(0, 0, 1000), (1000, 1, 4)], 2, 1, tpot_ns=6 * MS)
-    play(get_rule("slack", longest_wait=100), s, r, *tables)
+    play(get_rule("slack", margin=1.0, longest_wait=100), s, r, *tables)
     assert s.outs.sum() == 0 and r.miss.astype(bool).tolist() == [False, True]
 
 

@@ -1,0 +1,236 @@
+"""An evaluation is paired, the same on any number of processes, and whole on disk or not there."""
+
+import errno
+import json
+import os
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from mmrl.agents.contenders import resolve
+from mmrl.agents.evaluate import evaluate
+from mmrl.agents.results import Results
+from mmrl.cli.evaluate import print_results
+from mmrl.errors import InputError, MmrlError
+from mmrl.rules import get_rule
+from mmrl.stats import bootstrap
+from tests.agents.made_up import make_policy, make_run, make_scenario
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_scenario(tmp_path_factory.mktemp("scenario"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "mine")
+
+
+@pytest.fixture(scope="module")
+def results(tiny, run):
+    return evaluate(["slack", "lru", str(run)], [tiny], episodes=3, loads=(0.5, 1.0))
+
+
+def row(results, policy, load=1.0):
+    rows = results.summary["boards"][0]["rows"]
+    return next(r for r in rows if r["policy"] == policy and r["load"] == load)
+
+
+def test_a_run_brings_its_step_0_policy(results):
+    kinds = {p["name"]: p["kind"] for p in results.summary["policies"]}
+    assert kinds == {"slack": "rule", "lru": "rule", "mine": "learned", "mine step 0": "step0"}
+
+
+def test_all_policies_meet_the_same_arrivals(results):
+    for (load, episode), group in results.episodes.groupby(["load", "episode"]):
+        assert group.requests.nunique() == 1, (load, episode)
+        assert group.policy.nunique() == len(group) == 4
+    assert not (results.episodes.illegal_actions > 0).any()
+
+
+def test_the_policy_before_training_does_as_its_rule(results):
+    columns = ["load", "episode", "goodput", "norm_latency", "loads_per_s"]
+    tables = [
+        results.episodes[results.episodes.policy == name][columns].reset_index(drop=True)
+        for name in ("slack", "mine step 0")
+    ]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_figures_are_those_of_the_episodes(results):
+    at_one = results.episodes[results.episodes.load == 1.0].set_index(["policy", "episode"])
+    assert row(results, "lru")["goodput"] == pytest.approx(at_one.goodput["lru"].mean())
+    best = max(("slack", "lru"), key=lambda name: at_one.goodput[name].mean())
+    assert row(results, best)["is_best_rule"]
+    difference = (at_one.goodput["mine"] - at_one.goodput[best]).to_numpy()
+    assert row(results, "mine")["vs_best_rule"]["goodput"] == pytest.approx(
+        list(bootstrap([difference]))
+    )
+    assert row(results, "mine")["vs_step0"]["policy"] == "mine step 0"
+    median = results.latencies.query(
+        "policy == 'lru' and load == 1 and metric == 'ttft_s' and quantile == 0.5"
+    )
+    assert row(results, "lru")["ttft_p50_s"] == pytest.approx(median.value.item())
+
+
+def test_models_add_up_to_the_whole(results):
+    models = [m for m in results.summary["boards"][0]["models"] if m["policy"] == "slack"]
+    assert [m["model"] for m in models] == ["qwen2.5-7b", "llama3.2-3b", "qwen2.5-7b#2"]
+    assert sum(m["requests"] for m in models) == row(results, "slack")["requests"]
+
+
+def test_the_same_on_one_process_and_on_two(results, tiny, run):
+    again = evaluate(["slack", "lru", str(run)], [tiny], episodes=3, loads=(0.5, 1.0), workers=2)
+    pd.testing.assert_frame_equal(results.episodes, again.episodes)
+    pd.testing.assert_frame_equal(results.models, again.models)
+    pd.testing.assert_frame_equal(results.latencies, again.latencies)
+    assert results.timelines == again.timelines
+
+
+def test_what_is_written_is_read_back(results, tmp_path):
+    results.write(tmp_path / "out")
+    results.write(tmp_path / "out")  # replaces results
+    again = Results.read(tmp_path / "out")
+    assert again.summary == json.loads(json.dumps(results.summary))
+    pd.testing.assert_frame_equal(again.episodes, results.episodes)
+    assert os.listdir(tmp_path) == ["out"]
+    about = again.summary["provenance"]
+    assert about["split"] == "test" and about["versions"]["mmrl"] and about["scenarios"]["tiny"]
+
+
+def test_a_full_disk_leaves_the_old_results_and_no_others(results, tmp_path, monkeypatch):
+    results.write(tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    calls = iter(range(100))
+
+    def fsync(descriptor):
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(MmrlError, match="disk full"):
+        results.write(tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_ctrl_c_while_writing_leaves_nothing(results, tmp_path, monkeypatch):
+    def interrupt(path, obj):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmrl.agents.results.write_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        results.write(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_results_do_not_replace_anything_else(results, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds no results"):
+        results.write(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_trace_is_cut_into_windows_that_all_policies_meet(tiny, tmp_path):
+    trace = tmp_path / "trace.csv"
+    rows = [f"{k * 0.9:.1f},{'ab'[k % 2]}{k % 3},{50 + k},{20 + k}" for k in range(300)]
+    trace.write_text("arrival_s,model,prompt_tokens,output_tokens\n" + "\n".join(rows) + "\n")
+    found = evaluate(["slack", "lru"], [tiny], traces=[trace], episodes=2)
+    board = found.summary["boards"][0]
+    assert board["name"] == "tiny, trace.csv"
+    assert "cut into 2 episodes of 12 s" in board["notes"][-1]
+    assert any("time dilation" in note for note in board["notes"])
+    counts = found.episodes.groupby("episode").requests.agg(["nunique", "count", "min"])
+    assert (counts["nunique"] == 1).all() and (counts["count"] == 2).all()
+    assert (counts["min"] > 0).all()
+
+
+def test_tables_name_policies_and_the_winner(results, capsys):
+    print_results(results, Console(width=80, highlight=False))
+    printed = capsys.readouterr().out
+    for part in ("mine step 0", "vs best", "TTFT p50", "Goodput at each load", "Goodput of each"):
+        assert part in printed
+    best = next(name for name in ("slack", "lru") if row(results, name)["is_best_rule"])
+    assert f"hand-written policy, {best}," in " ".join(printed.split())
+
+
+def test_a_rule_tuned_for_the_scenario_comes_with_the_champion(monkeypatch):
+    slack = get_rule("slack")
+    name = slack.tunables()[0]
+    changed = {name: getattr(slack, name) * 0.9}
+    table = {"demo": {"slack": changed, "lru": {}}, "fast": {"slack": slack.model_dump()}}
+    monkeypatch.setattr("mmrl.agents.contenders.tuned_params", lambda: table)
+    assert [c.name for c in resolve(["lru", "slack"], ["demo"])] == ["lru", "slack", "slack@tuned"]
+    assert [c.name for c in resolve(["slack"], ["fast"])] == ["slack"]
+    assert [c.name for c in resolve(["slack@tuned"], ["fast"])] == ["slack@tuned"]
+    assert [c.name for c in resolve(["lru@tuned"], ["demo", "fast"])] == ["lru@tuned"]
+    with pytest.raises(InputError, match=r"'gdsf' was not tuned for demo \(mmrl tune gdsf demo"):
+        resolve(["gdsf@tuned"], ["demo"])
+
+
+def test_names_of_learned_policies(run, tmp_path):
+    export = make_policy(tmp_path / "export", 0.1)
+    names = [c.name for c in resolve([f"ours={run}", str(export)], ["demo"])]
+    assert names == ["ours", "ours step 0", "export"]
+    assert [c.kind for c in resolve([f"{run}@step0"], ["demo"])] == ["step0"]
+    with pytest.raises(InputError, match="two policies are named 'mine'"):
+        resolve([str(run), f"mine={export}"], ["demo"])
+    with pytest.raises(InputError, match="not a run"):
+        resolve([f"{export}@step0"], ["demo"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [("slak", "did you mean 'slack'"), ("runs/nowhere", "unknown policy"), ("", "unknown policy")],
+)
+def test_an_unknown_policy_is_an_error_with_a_remedy(policy, said):
+    with pytest.raises(InputError, match=said):
+        resolve([policy], ["demo"])
+
+
+def test_a_run_of_another_version_is_refused(tmp_path):
+    run = make_run(tmp_path / "old")
+    card = run / "policy_best" / "policy.json"
+    card.write_text(card.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(InputError, match=r"format is 99.*\(train again"):
+        resolve([str(run)], ["demo"])
+
+
+def test_wrong_input_of_an_evaluation(tiny, run):
+    with pytest.raises(InputError, match="did you mean 'demo'"):
+        evaluate(["slack"], ["demmo"])
+    with pytest.raises(InputError, match="named twice"):
+        evaluate(["slack"], [tiny, tiny])
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        evaluate([], [tiny])
+    with pytest.raises(InputError, match="the scenario has 'full'"):
+        evaluate([str(run)], ["oversized"])
+    with pytest.raises(InputError, match="fixed fleet"):
+        evaluate(["slack"], ["fast"], traces=[_one_request(run)])
+
+
+def _one_request(folder):
+    path = folder / "one.csv"
+    path.write_text("arrival_s,model,prompt_tokens,output_tokens\n0,a,10,10\n")
+    return path
+
+
+def test_results_of_another_version_and_empty_ones_are_refused(results, tmp_path):
+    results.write(tmp_path / "out")
+    summary = tmp_path / "out" / "summary.json"
+    text = summary.read_text()
+    summary.write_text(text.replace('"version": 1', '"version": 0', 1))
+    with pytest.raises(InputError, match="another version"):
+        Results.read(tmp_path / "out")
+    summary.write_text(json.dumps(results.summary | {"boards": []}))
+    with pytest.raises(InputError, match="empty"):
+        Results.read(tmp_path / "out")
+    summary.write_text(text[:100])
+    with pytest.raises(InputError, match="cannot read"):
+        Results.read(tmp_path / "out")
+    summary.write_text(text)
+    (tmp_path / "out" / "models.parquet").unlink()
+    with pytest.raises(InputError, match=r"models\.parquet is missing"):
+        Results.read(tmp_path / "out")

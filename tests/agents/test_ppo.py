@@ -1,0 +1,157 @@
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch as th
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from mmrl.agents.nodes import TrainingNodes
+from mmrl.agents.policy import EquivariantPolicy
+from mmrl.agents.ppo import EventTimePPO
+from mmrl.envs.layout import Layout
+from mmrl.envs.sb3 import MultiModelServingVecEnv
+from mmrl.node.observe import MODEL_FEATURES, N_GLOBAL, N_MODEL
+from mmrl.rules import get_rule
+from mmrl.scenarios.schema import Scenario
+
+LAYOUT = Layout(4, full_verbs=False)
+PRESENT, QUEUED = MODEL_FEATURES.index("weights"), MODEL_FEATURES.index("queued")
+PAUSE = LAYOUT.verbs.index("pause")
+
+
+class LongestQueue(VecEnv):
+    """Pausing the model with the longest queue is right; some wrong actions are illegal."""
+
+    render_mode = None
+
+    def __init__(self) -> None:
+        super().__init__(32, LAYOUT.observation_space, LAYOUT.action_space)
+        self.last_dt_s = np.full(32, 100.0)  # what comes next hardly counts
+        self.rng = np.random.default_rng(0)
+        self.illegal = 0
+
+    def _draw(self) -> npt.NDArray[np.float32]:
+        models = np.zeros((32, 4, N_MODEL), np.float32)
+        models[:, :3, PRESENT] = 0.5
+        queues = self.rng.random((32, 3))
+        models[:, :3, QUEUED] = queues
+        self.right = 1 + queues.argmax(axis=1) * len(LAYOUT.verbs) + PAUSE
+        self.masks = self.rng.random((32, LAYOUT.num_actions)) < 0.6
+        self.masks[:, 0] = self.masks[np.arange(32), self.right] = True
+        return np.concatenate((np.zeros((32, N_GLOBAL), np.float32), models.reshape(32, -1)), 1)
+
+    def reset(self) -> npt.NDArray[np.float32]:
+        return self._draw()
+
+    def step_async(self, actions: npt.NDArray[np.int64]) -> None:
+        self.illegal += int((~self.masks[np.arange(32), actions]).sum())
+        self.rewards = (actions == self.right).astype(np.float32)
+
+    def step_wait(self) -> Any:
+        return self._draw(), self.rewards, np.zeros(32, bool), [{} for _ in range(32)]
+
+    def env_method(self, name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        return [self.masks]
+
+    def has_attr(self, attr_name: str) -> bool:
+        return attr_name == "action_masks"
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name)] * 32
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None: ...
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False] * 32
+
+    def close(self) -> None: ...
+
+
+def learner(env: VecEnv, layout: Layout, **settings: Any) -> EventTimePPO:
+    settings = {"n_steps": 32, "batch_size": 256, "n_epochs": 2, "seed": 0} | settings
+    return EventTimePPO(EquivariantPolicy, env, policy_kwargs={"layout": layout}, **settings)
+
+
+def test_it_finds_a_known_optimum_and_never_does_what_is_illegal() -> None:
+    env = LongestQueue()
+    model = learner(env, LAYOUT, learning_rate=5e-3)
+    model.learn(20 * 32 * 32)
+    assert env.illegal == 0
+    obs = env.reset()
+    actions, _ = model.predict(obs, deterministic=True, action_masks=env.masks)
+    assert (actions == env.right).mean() > 0.9
+
+
+def trained(busy: Scenario, **settings: Any) -> dict[str, th.Tensor]:
+    nodes = TrainingNodes([busy], 32, get_rule("slack"), privileged=True, seed=0)
+    model = learner(nodes, nodes.layout, **settings)
+    model.learn(2 * 32 * 32)
+    nodes.close()
+    return {k: v.clone() for k, v in model.policy.state_dict().items()}
+
+
+def test_the_number_of_threads_changes_nothing(
+    busy: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmrl.agents.ppo.CHUNK", 64)
+    one, three = trained(busy, threads=1), trained(busy, threads=3)
+    assert all(th.equal(one[name], three[name]) for name in one)
+
+
+def test_a_large_value_loss_does_not_freeze_the_policy() -> None:
+    def first_update(scale: float) -> dict[str, th.Tensor]:
+        model = learner(LongestQueue(), LAYOUT, reward_scale=scale, n_epochs=1)
+        model.learn(32 * 32)
+        return model.policy.actor.state_dict()
+
+    small, large = first_update(1.0), first_update(1024.0)
+    for name in ("verbs.weight", "wait.weight"):  # zero before; the first update moves them
+        assert small[name].abs().max() > 1e-4
+        assert th.allclose(small[name], large[name], rtol=0.2, atol=1e-4)
+
+
+def test_callbacks_see_every_step_and_can_stop(busy: Scenario) -> None:
+    class Count(BaseCallback):
+        steps = rollouts = 0
+
+        def _on_step(self) -> bool:
+            self.steps += 1
+            return self.steps < 40
+
+        def _on_rollout_end(self) -> None:
+            self.rollouts += 1
+
+    nodes = TrainingNodes([busy], 16, None, privileged=False, seed=0)
+    model, count = learner(nodes, nodes.layout), Count()
+    model.learn(10_000, count)
+    nodes.close()
+    assert (count.steps, count.rollouts) == (40, 1)
+    assert model.num_timesteps == 40 * 16
+    assert len(model.ep_info_buffer or ()) > 0
+
+
+@pytest.mark.parametrize("kind", ["mlp", "equivariant"])
+def test_stock_maskable_ppo_trains_on_the_environment(kind: str, busy: Scenario) -> None:
+    env = MultiModelServingVecEnv(8, busy, suggestion="slack", privileged=True, seed=0)
+    policy: Any = "MlpPolicy"
+    settings: dict[str, Any] = {"n_steps": 32, "batch_size": 64, "n_epochs": 1, "seed": 0}
+    if kind == "equivariant":
+        policy = EquivariantPolicy
+        settings["policy_kwargs"] = {"layout": env.layout}
+    model = MaskablePPO(policy, env, device="cpu", **settings)
+    model.learn(512)
+    obs = env.reset()
+    masks = env.action_masks()
+    actions, _ = model.predict(obs, action_masks=masks)
+    assert masks[np.arange(8), actions].all()
+
+
+def test_plain_ppo_trains_on_the_environment(busy: Scenario) -> None:
+    env = MultiModelServingVecEnv(8, busy, seed=0)
+    model = PPO("MlpPolicy", env, n_steps=32, batch_size=64, n_epochs=1, seed=0, device="cpu")
+    model.learn(512)
+    assert model.num_timesteps == 512

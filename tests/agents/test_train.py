@@ -1,0 +1,172 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from typer.testing import CliRunner
+
+from mmrl.agents import runs
+from mmrl.agents.config import TrainConfig, build_config
+from mmrl.agents.export import load_policy
+from mmrl.agents.nodes import TrainingNodes
+from mmrl.agents.train import resume, train
+from mmrl.cli.app import app
+from mmrl.errors import InputError
+from mmrl.node.state import NODE, REQUEST
+from mmrl.rules import get_rule
+from mmrl.scenarios.registry import DATA, get_scenario
+
+SMALL: dict[str, Any] = {
+    "envs": 32,
+    "rollout_steps": 16,
+    "batch_size": 256,
+    "eval_every": 1024,
+    "eval_episodes": 3,
+    "threads": 1,
+    "seed": 5,
+}
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> str:
+    text = (DATA / "demo.toml").read_text()
+    for key, value in (("utilisation_at_load_1", 2.5), ("duration_s", 10), ("drain_s", 4)):
+        lines = [f"{key} = {value}" if li.startswith(key) else li for li in text.splitlines()]
+        text = "\n".join(lines)
+    path = tmp_path / "busy.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def small(scenario: str, tmp_path: Path, **changes: Any) -> TrainConfig:
+    return build_config(**(SMALL | {"scenarios": (scenario,), "out": tmp_path} | changes))
+
+
+def state(folder: Path) -> Any:
+    """Return a run's state, with nodes and requests by field: their padding means nothing."""
+    found = th.load(folder / runs.STATE, weights_only=True)
+    for key, value in found["nodes"].items():
+        for kind, dtype in ((".nodes", NODE), (".requests", REQUEST)):
+            if key.endswith(kind):
+                rows = value.numpy().view(dtype)
+                found["nodes"][key] = {n: th.from_numpy(rows[n].copy()) for n in dtype.names or ()}
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(th.equal(one, other)) if isinstance(one, th.Tensor) else bool(one == other)
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(scenario: str, tmp_path: Path) -> None:
+    whole = train(small(scenario, tmp_path, name="whole", steps=3072))
+
+    class Stop:
+        """Presses Ctrl-C in the third iteration."""
+
+        def update(self, step: int, scalars: dict[str, float]) -> None:
+            if step == 3 * 512:
+                import signal
+
+                signal.raise_signal(signal.SIGINT)
+
+    stopped = train(small(scenario, tmp_path, name="stopped", steps=3072), Stop())
+    assert state(stopped)["steps"] == 3 * 512
+    assert load_policy(stopped / runs.LAST).card.steps == 3 * 512
+    assert not same(state(whole)["policy"], state(stopped)["policy"])
+    resume(stopped)
+    ends = state(whole), state(stopped)
+    for end in ends:
+        del end["elapsed_s"]
+    assert same(*ends)
+    with pytest.raises(InputError, match="3072 of 3072 steps"):
+        resume(stopped)
+    assert (whole / runs.LAST / "policy.safetensors").read_bytes() == (
+        stopped / runs.LAST / "policy.safetensors"
+    ).read_bytes()
+    columns = ["step", "eval/step", "eval/goodput", "train/approx_kl", "decisions/as_suggested"]
+    one, other = (runs.read_metrics(folder)[columns] for folder in (whole, stopped))
+    assert one["step"].is_monotonic_increasing
+    assert one.dropna().equals(other.dropna())
+
+
+def test_what_a_run_leaves(scenario: str, tmp_path: Path) -> None:
+    folder = train(small(scenario, tmp_path, steps=1536, name="it"))
+    assert folder == tmp_path / "it"
+    for name in (runs.STEP0, runs.BEST, runs.LAST, f"{runs.CHECKPOINTS}/step_000001024"):
+        assert load_policy(folder / name).rule == get_rule("slack")
+    assert load_policy(folder).card == load_policy(folder / runs.BEST).card
+    assert load_policy(folder / runs.LAST).card.steps == 1536
+    metrics = runs.read_metrics(folder)
+    assert metrics["eval/step"].dropna().tolist() == [0, 1024, 1536]
+    first = metrics.loc[metrics["eval/step"] == 0].iloc[0]
+    assert first["eval/goodput"] == first["eval/champion_goodput"]  # at step 0 it is the rule
+    assert first["eval/goodput_gain"] == 0
+    shares = metrics[[f"decisions/{v}" for v in ("wait", "out", "level100", "pause", "resume")]]
+    assert np.allclose(shares.dropna().sum(axis=1), 1)
+    provenance = json.loads((folder / runs.PROVENANCE).read_text())
+    assert {"mmrl", "torch", "numba"} <= provenance["versions"].keys()
+    assert list((folder / runs.TENSORBOARD).iterdir())
+    with pytest.raises(InputError, match="exists already"):
+        train(small(scenario, tmp_path, steps=1536, name="it"))
+
+
+def test_scenarios_are_mixed_and_padded_to_the_largest_fleet(scenario: str) -> None:
+    busy, six = get_scenario(scenario), get_scenario("fast")
+    nodes = TrainingNodes([busy, six], 40, get_rule("slack"), privileged=True, seed=0)
+    assert nodes.layout.max_models == 8
+    assert nodes.reset().shape == (40, nodes.layout.observation_size)
+    names = [part.batch.scenario.name for part in nodes.parts for _ in range(part.num_envs)]
+    assert names.count("busy") == names.count("fast") == 20
+    for _ in range(5):
+        masks = nodes.action_masks()
+        observations, rewards, dones, infos = nodes.step(masks.argmax(axis=1))
+        assert len(observations) == len(rewards) == len(dones) == len(infos) == 40
+    nodes.close()
+
+
+def test_different_verb_sets_are_not_mixed(scenario: str) -> None:
+    both = [get_scenario(scenario), get_scenario("code")]
+    with pytest.raises(InputError, match="different verb sets"):
+        TrainingNodes(both, 40, None, privileged=False, seed=0)
+
+
+def test_without_prior_and_future(scenario: str, tmp_path: Path) -> None:
+    config = small(scenario, tmp_path, steps=512, name="n", prior=None, privileged=False)
+    policy = load_policy(train(config) / runs.LAST)
+    assert policy.rule is None
+    assert "beta" not in policy.weights
+
+
+CALLS = {
+    "no scenario given": [],
+    "unknown scenario 'fsat'": ["fsat"],
+    "steps is 'lots'": ["fast", "--steps", "lots"],
+    "time is '10x'": ["fast", "--time", "10x"],
+    "envs: input should be greater": ["fast", "--envs", "0"],
+    "unknown setting 'entrpy'": ["fast", "--set", "entrpy=1"],
+    "learning_rate: input should be": ["fast", "--set", "learning_rate=fast"],
+    "no value": ["fast", "--set", "clip"],
+    "cannot read .*config.json": ["--resume", "nowhere"],
+}
+
+
+@pytest.mark.parametrize("message", CALLS)
+def test_wrong_calls_are_explained(message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", *CALLS[message], "--out", str(tmp_path)])
+    assert isinstance(result.exception, InputError)
+    with pytest.raises(InputError, match=message):
+        raise result.exception
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_state_is_explained(scenario: str, tmp_path: Path) -> None:
+    folder = train(small(scenario, tmp_path, steps=512, name="d"))
+    (folder / runs.STATE).write_bytes(b"half a fi")
+    with pytest.raises(InputError, match="damaged"):
+        resume(folder)

@@ -6,7 +6,6 @@ no lock, and no part depends on another, so that results do not depend on the nu
 The whole state can be taken and set, for training that continues exactly where it stopped.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +17,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from mmrl.agents.export import Floats
 from mmrl.envs.sb3 import MultiModelServingVecEnv
 from mmrl.errors import InputError
-from mmrl.node.state import NODE, REQUEST
 from mmrl.rules import Rule
 from mmrl.scenarios.schema import Scenario
 
@@ -144,39 +142,21 @@ class TrainingNodes(VecEnv):
 
     def get_state(self) -> dict[str, Any]:
         """Return everything on which the episodes to come depend; arrays and text only."""
-        state: dict[str, Any] = {}
-        for k, part in enumerate(self.parts):
-            simulator = part.batch.simulator
-            state |= {
-                f"{k}.nodes": np.asarray(simulator.nodes).view(np.uint8).copy(),
-                f"{k}.requests": np.asarray(simulator.requests).view(np.uint8).copy(),
-                f"{k}.returns": part._returns.copy(),
-                f"{k}.lengths": part._lengths.copy(),
-                f"{k}.shortened": part._shortened.copy(),
-                f"{k}.generators": json.dumps([g.bit_generator.state for g in part._generators]),
-            }
-        return state
+        return {
+            f"{k}.{name}": value
+            for k, part in enumerate(self.parts)
+            for name, value in part.get_state().items()
+        }
 
     def set_state(self, state: Mapping[str, Any]) -> Floats:
         """Continue from a state; return the observations float32[N, D] at that point."""
         for k, part in enumerate(self.parts):
-            simulator = part.batch.simulator
-            np.asarray(simulator.nodes)[:] = state[f"{k}.nodes"].view(NODE)
-            np.asarray(simulator.requests)[:] = state[f"{k}.requests"].view(REQUEST)
-            part._returns[:] = state[f"{k}.returns"]
-            part._lengths[:] = state[f"{k}.lengths"]
-            part._shortened[:] = state[f"{k}.shortened"]
-            part._stagger = False
-            part._generators = [_generator(own) for own in json.loads(state[f"{k}.generators"])]
+            prefix = f"{k}."
+            mine = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+            part.set_state(mine)
         return np.concatenate([np.asarray(part.batch.observe()) for part in self.parts])
 
 
 def _even(total: int, parts: int) -> list[int]:
     """Split a total into nearly equal parts."""
     return [total * (k + 1) // parts - total * k // parts for k in range(parts)]
-
-
-def _generator(state: dict[str, Any]) -> np.random.Generator:
-    generator = np.random.default_rng()
-    generator.bit_generator.state = state
-    return generator

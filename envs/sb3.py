@@ -5,6 +5,7 @@ handed out never changes (SB3 stores observations only after the next step), dic
 for finished environments alone, and masks travel as one array.
 """
 
+import json
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from mmrl.envs.batch import TRUNCATED, ServingBatch
 from mmrl.envs.env import Observation
 from mmrl.errors import unknown
+from mmrl.node.state import NODE, REQUEST
 from mmrl.scenarios.schema import Scenario
 from mmrl.scenarios.seeds import SPLITS, Split
 
@@ -166,6 +168,31 @@ class MultiModelServingVecEnv(VecEnv):
     def env_is_wrapped(self, wrapper_class: type[Any], indices: Indices = None) -> list[bool]:
         """Say yes to ``Monitor``, whose work is done here, and no to every other wrapper."""
         return [wrapper_class is Monitor for _ in self._get_indices(indices)]
+
+    def get_state(self) -> dict[str, Any]:
+        """Return everything on which the episodes to come depend; arrays and text only."""
+        simulator = self.batch.simulator
+        return {
+            "nodes": np.asarray(simulator.nodes).view(np.uint8).copy(),
+            "requests": np.asarray(simulator.requests).view(np.uint8).copy(),
+            "returns": self._returns.copy(),
+            "lengths": self._lengths.copy(),
+            "shortened": self._shortened.copy(),
+            "generators": json.dumps([g.bit_generator.state for g in self._generators]),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `get_state` returned."""
+        simulator = self.batch.simulator
+        np.asarray(simulator.nodes)[:] = state["nodes"].view(NODE)
+        np.asarray(simulator.requests)[:] = state["requests"].view(REQUEST)
+        self._returns[:] = state["returns"]
+        self._lengths[:] = state["lengths"]
+        self._shortened[:] = state["shortened"]
+        self._stagger = False
+        self._generators = [np.random.default_rng() for _ in range(self.num_envs)]
+        for generator, own in zip(self._generators, json.loads(state["generators"]), strict=True):
+            generator.bit_generator.state = own
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""

@@ -30,7 +30,7 @@ from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.seeds import episode_rng
 from mmrl.sim.batch import Simulator
 
-FLEET = ["qwen2.5-0.5b"] * 2 + ["qwen2.5-1.5b"] * 2 + ["llama3.2-3b"] * 2 + ["qwen2.5-7b"] * 2
+SCENARIO = "h200-24"  # eight models
 
 SCHED_SIM = """
 import json, time
@@ -74,8 +74,7 @@ def native(policy: str, num_envs: int, seconds: float, load: float) -> tuple[flo
 
     Observation and mask are written for every decision; resets are included.
     """
-    scenario = get_scenario("h200-24", models=FLEET, load=load)
-    simulator = Simulator(scenario.sampler(), num_envs)
+    simulator = Simulator(get_scenario(SCENARIO, load=load).sampler(), num_envs)
     rule = get_rule("slack")
     observations = np.zeros((num_envs, simulator.observation_size), np.float32)
     masks = np.zeros((num_envs, simulator.num_actions), np.bool_)
@@ -116,7 +115,7 @@ def native(policy: str, num_envs: int, seconds: float, load: float) -> tuple[flo
 
 def scalar(seconds: float) -> float:
     """Return steps/s through ``gym.make`` with its default wrappers, random legal actions."""
-    env = gym.make("mmrl/MultiModelServing-v0", scenario="demo")
+    env = gym.make("mmrl/MultiModelServing-v0")
     rng = np.random.default_rng(0)
     _, info = env.reset(seed=0)
     steps, begun = 0, time.perf_counter()

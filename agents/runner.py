@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mmrl.agents.export import ExportedPolicy
 from mmrl.errors import InputError
 from mmrl.metrics import episode_metrics
-from mmrl.rollout import Episode, EpisodeResult, suggestions
+from mmrl.rollout import Episode, EpisodeResult, mark_suggestions
 from mmrl.scenarios.seeds import episode_rng
 from mmrl.sim.batch import Sampler, Simulator
 
@@ -40,13 +40,10 @@ class PolicyRunner:
                 f"train a policy on a scenario with verbs '{wanted}'",
             )
         self.policy, self.simulator = policy, simulator
-        n, self._seen = simulator.num_envs, simulator.observation_size
-        size = self._seen + (simulator.num_actions if policy.rule else 0)
-        self._plain = np.zeros((n, self._seen), np.float32)
+        n, size = simulator.num_envs, simulator.observation_size
+        size += simulator.num_actions if policy.rule else 0
         self.observations = np.zeros((n, size), np.float32)
         self.masks = np.zeros((n, simulator.num_actions), np.bool_)
-        self._suggested = np.zeros(n, np.int64)
-        self._rows = np.arange(n)
 
     def reset(
         self, i: int, rng: np.random.Generator, options: Mapping[str, Any] | None = None
@@ -59,19 +56,16 @@ class PolicyRunner:
     def look(self, count: int | None = None) -> None:
         """Read the first ``count`` nodes (all of them) into ``observations`` and ``masks``."""
         rows = slice(count)
-        self.simulator.observe(self._plain[rows], rows)
-        self.simulator.masks(self.masks[rows], rows)
-        seen, suggested = self.observations[rows], self._suggested[rows]
-        seen[:, : self._seen] = self._plain[rows]
+        simulator, seen = self.simulator, self.observations[rows]
+        simulator.observe(seen, rows)
+        simulator.masks(self.masks[rows], rows)
         if self.policy.rule is not None:
-            suggestions(self.simulator, self.policy.rule, self._suggested)
-            seen[:, self._seen :] = 0.0
-            seen[self._rows[rows], self._seen + suggested] = 1.0
+            mark_suggestions(simulator, self.policy.rule, seen, simulator.observation_size, rows)
 
     def act(self, count: int | None = None) -> npt.NDArray[np.int64]:
         """Return what the policy does now at every node, int64[N]; WAIT after the first count."""
         self.look(count)
-        actions = np.zeros(len(self._rows), np.int64)
+        actions = np.zeros(self.simulator.num_envs, np.int64)
         rows = slice(count)
         actions[rows] = self.policy.act(self.observations[rows], self.masks[rows])
         return actions

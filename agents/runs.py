@@ -27,7 +27,6 @@ from mmrl.files import atomic_write, write_json
 CONFIG, PROVENANCE, METRICS, STATE = "config.json", "provenance.json", "metrics.csv", "state.pt"
 SCENARIOS, TENSORBOARD, CHECKPOINTS = "scenarios", "tensorboard", "checkpoints"
 STEP0, BEST, LAST = "policy_step0", "policy_best", "policy_last"
-STEP = "time/total_timesteps"
 
 
 def new_run(out: Path, name: str) -> Path:

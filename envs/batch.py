@@ -126,18 +126,9 @@ class ServingBatch:
         out = np.empty((len(nodes), layout.observation_size), np.float32)
         simulator.observe(out, rows)
         if self.rule is not None:
-            from mmrl.envs.suggestion import write_suggestions
+            from mmrl.rollout import mark_suggestions  # rules take long to compile
 
-            write_suggestions(
-                self.rule.number,
-                self.rule.params,
-                nodes,
-                requests,
-                simulator.decode_tables,
-                simulator.prefill_tables,
-                layout.public_size,
-                out,
-            )
+            mark_suggestions(simulator, self.rule, out, layout.public_size, rows)
         if layout.privileged:
             write_futures(nodes, requests, layout.actor_size, out)
         return out

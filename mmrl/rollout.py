@@ -17,7 +17,7 @@ from mmrl.node.state import DISPATCHES, CostTable, Nodes
 from mmrl.rules.base import Rule
 from mmrl.rules.dispatch import suggest
 from mmrl.scenarios.seeds import Split, episode_rng
-from mmrl.sim.batch import Sampler, Simulator
+from mmrl.sim.batch import ALL, Sampler, Simulator
 from mmrl.sim.kernel import step
 
 BATCH = 32  # episodes that are played side by side
@@ -96,13 +96,40 @@ def run_rule(simulator: Simulator, rule: Rule) -> None:
     )
 
 
-def suggestions(simulator: Simulator, rule: Rule, actions: npt.NDArray[np.int64]) -> None:
-    """Write what a rule would do now at each node into ``actions``, int64[N]; WAIT where done."""
+def suggestions(
+    simulator: Simulator, rule: Rule, actions: npt.NDArray[np.int64], rows: slice = ALL
+) -> None:
+    """Write what a rule would do now at the nodes of a slice into ``actions``, int64[K].
+
+    That is WAIT where the episode is done.
+    """
     # numba takes a plain array much faster than a recarray
-    nodes: Any = np.asarray(simulator.nodes)
-    requests: Any = np.asarray(simulator.requests)
+    nodes: Any = np.asarray(simulator.nodes)[rows]
+    requests: Any = np.asarray(simulator.requests)[rows]
     tables = simulator.decode_tables, simulator.prefill_tables
     _suggest_all(rule.number, rule.params, nodes, requests, *tables, actions)
+
+
+def mark_suggestions(
+    simulator: Simulator,
+    rule: Rule,
+    observations: npt.NDArray[np.float32],
+    first: int,
+    rows: slice = ALL,
+) -> None:
+    """Mark what a rule would do now, one-hot over the actions, behind observations.
+
+    Args:
+        simulator: The nodes.
+        rule: The rule.
+        observations: float32[K, D], zero from ``first`` on.
+        first: Where the block begins.
+        rows: The nodes, K of them.
+    """
+    count = len(observations)
+    actions = np.empty(count, np.int64)
+    suggestions(simulator, rule, actions, rows)
+    observations[np.arange(count), first + actions] = 1.0
 
 
 def run_policy(simulator: Simulator, policy: BatchPolicy, champion: Rule | None = None) -> None:
@@ -116,17 +143,12 @@ def run_policy(simulator: Simulator, policy: BatchPolicy, champion: Rule | None 
     """
     n, size, count = simulator.num_envs, simulator.observation_size, simulator.num_actions
     observations = np.zeros((n, size + (count if champion else 0)), np.float32)
-    plain = np.zeros((n, size), np.float32)
     masks = np.zeros((n, count), np.bool_)
-    suggested = np.zeros(n, np.int64)
     while not simulator.done.all():
-        simulator.observe(plain)
+        simulator.observe(observations)
         simulator.masks(masks)
-        observations[:, :size] = plain
         if champion is not None:
-            suggestions(simulator, champion, suggested)
-            observations[:, size:] = 0.0
-            observations[np.arange(n), size + suggested] = 1.0
+            mark_suggestions(simulator, champion, observations, size)
         simulator.step(np.asarray(policy(observations, masks), np.int64))
 
 

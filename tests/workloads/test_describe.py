@@ -58,7 +58,9 @@ def test_the_description_names_every_figure_in_80_columns():
 def test_empty_and_tiny_traces_can_be_shown():
     for n in (0, 1, 2):
         trace = regular(120).slice(0.0, max(n, 0.2) / 2).select(np.arange(n))
-        print_description(trace, Console(file=io.StringIO()))
+        shown = io.StringIO()
+        print_description(trace, Console(file=shown))
+        assert str(n) in shown.getvalue()
 
 
 run = CliRunner().invoke

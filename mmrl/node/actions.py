@@ -163,6 +163,8 @@ def _open(s: Record, m: int, verb: int, lacking: int) -> bool:
         return False
     if verb == RESUME:
         return bool(s.paused[m] == 1)
+    if s.pinned[m] == 1 and OUT <= verb <= LEVEL_75:
+        return False
     if verb == OUT or verb == PAUSE:
         if s.target[m] == 0 or (verb == PAUSE and (s.paused[m] == 1 or not has_work(s, m))):
             return False
@@ -284,6 +286,15 @@ def settle_memory(s: Record, r: Nodes) -> None:
 
 
 @jit
+def make_room(s: Record, r: Nodes, m: int, pieces: int) -> None:
+    """Evict idle models until ``pieces`` pieces of model ``m``, which fit, have their room."""
+    if pieces > s.granted[m]:
+        need = missing_bytes(s, r, m, pieces)
+        while need > room_bytes(s, r, m):
+            evict(s, gdsf_victim(s, m))
+
+
+@jit
 def put_out(s: Record, m: int) -> None:
     """Take the weights of model ``m`` away: suspension and release follow when it is at rest."""
     s.paused[m] = 0
@@ -312,10 +323,7 @@ def apply(s: Record, r: Nodes, action: int) -> bool:
         s.focus = -1 if s.focus == m else m
     else:
         pieces = level_pieces(s, m, verb)
-        if pieces > s.granted[m]:
-            need = missing_bytes(s, r, m, pieces)
-            while need > room_bytes(s, r, m):
-                evict(s, gdsf_victim(s, m))
+        make_room(s, r, m, pieces)
         set_target(s, m, pieces)
     settle_memory(s, r)
     return True

@@ -105,6 +105,7 @@ def is_idle(s: Record, m: int) -> bool:
         s.target[m] > 0
         and s.granted[m] == s.target[m]
         and s.landed[m] == s.target[m]
+        and s.pinned[m] == 0
         and not has_work(s, m)
         and not computes(s, m)
     )

@@ -22,19 +22,19 @@ CHUNK_TOKENS = 2048
 NEVER = 2**62  # later than any instant of an episode
 
 # States of a request.
-UNARRIVED, QUEUED, PREFILL, DECODE, SAVING, SAVED, RESTORING, JOINING, DONE, REFUSED = range(10)
-REQUEST_STATES = (
-    "unarrived",
-    "queued",
-    "prefill",
-    "decode",
-    "saving",
-    "saved",
-    "restoring",
-    "joining",
-    "done",
-    "refused",
-)
+(
+    UNARRIVED,
+    QUEUED,
+    PREFILL,
+    DECODE,
+    SAVING,
+    SAVED,
+    RESTORING,
+    JOINING,
+    DONE,
+    REFUSED,
+    CANCELLED,
+) = range(11)
 
 # Why a request missed its targets.
 MISS_NONE, MISS_TTFT, MISS_TPOT, MISS_REFUSED = range(4)
@@ -123,6 +123,7 @@ NODE = np.dtype(
         ("load_len", "i8"),
         ("loaded_ns", "i8", _M),  # instant the last load ended (start of the residency)
         ("paused", "i1", _M),
+        ("pinned", "i1", _M),  # an operator keeps the model where it is (live nodes only)
         ("focus", "i8"),  # model whose iterations go first, or -1
         # --- requests of each model -------------------------------------------------------------
         ("queue", "i4", (MAX_MODELS, QUEUE_SLOTS)),  # QUEUED requests in order of arrival
@@ -163,6 +164,7 @@ NODE = np.dtype(
         ("lb_need", "i8"),  # pieces that must have landed for it to end
         ("lb_layers", "i8"),  # layers still to be streamed
         ("lb_fixed_paid", "i1"),
+        ("stream_hold", "i1"),  # no streaming slot is free yet (live nodes only)
         ("lb_id", "i8"),  # counts link-bound iterations, so that a stale stream piece is known
         # --- link, host to device ---------------------------------------------------------------
         ("h2d_kind", "i8"),

@@ -63,13 +63,23 @@ class CostBank:
             InputError: A platform or model is unknown, or a file is wrong.
         """
         profiles = tuple(get_profile(p, m) for p in platforms for m in models)
+        return cls.of(profiles, tuple(get_platform(p) for p in platforms), models)
+
+    @classmethod
+    def of(
+        cls,
+        profiles: tuple[Profile, ...],
+        platforms: tuple[Platform, ...] = (),
+        models: tuple[str, ...] = (),
+    ) -> "CostBank":
+        """Stack the costs of profiles, in their order."""
         costs = [CostModel(profile) for profile in profiles]
         rows = [
             _constants(row, profile, cost)
             for row, (profile, cost) in enumerate(zip(profiles, costs, strict=True))
         ]
         return cls(
-            tuple(get_platform(p) for p in platforms),
+            platforms,
             models,
             profiles,
             {

@@ -114,7 +114,10 @@ def runnable(s: Record, m: int) -> bool:
     """Return whether model ``m`` could run an iteration now if it had work."""
     if s.target[m] == 0 or s.landed[m] == 0 or s.paused[m] == 1:
         return False
-    return bool(s.landed[m] == s.pieces[m] or (s.granted[m] >= s.target[m] and s.lb_kind == IDLE))
+    if s.lb_kind == IDLE:
+        return bool(s.landed[m] == s.pieces[m] or s.granted[m] >= s.target[m])
+    # A live link-bound iteration may end some time after its last bytes.
+    return bool(s.landed[m] == s.pieces[m] and s.lb_model != m)
 
 
 @jit
@@ -420,6 +423,7 @@ def blocked_model(s: Record) -> int:
         if (
             s.target[m] >= 1
             and s.paused[m] == 0
+            and s.pinned[m] == 0
             and has_work(s, m)
             and (victim < 0 or s.gdsf_priority[m] < s.gdsf_priority[victim])
         ):

@@ -52,7 +52,12 @@ def start_h2d(s: Record, r: Nodes) -> None:
         s.h2d_kind = LINK_RESTORE
         s.h2d_model = m
         s.h2d_request = i
-    elif s.lb_kind != IDLE and s.lb_layers > 0 and (s.load_len == 0 or s.h2d_turn == LINK_LOAD):
+    elif (
+        s.lb_kind != IDLE
+        and s.lb_layers > 0
+        and s.stream_hold == 0
+        and (s.load_len == 0 or s.h2d_turn == LINK_LOAD)
+    ):
         m = s.lb_model
         duration = s.stream_layer_ns[m]
         if not s.lb_fixed_paid:

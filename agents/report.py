@@ -275,7 +275,7 @@ def _sources(material: Material) -> list[dict[str, Any]]:
             ("versions", _pairs(about["versions"])),
             ("machine", _pairs(about["machine"])),
             ("scenarios", _pairs(about["scenarios"])),
-            ("episodes", f"{about['split']} 0 to {about['episodes'] - 1}"),
+            ("episodes", _episodes(about)),
             ("bootstrap", f"10,000 resamples of episodes, seed {about['bootstrap_seed']}"),
         ]
         facts += [
@@ -285,6 +285,12 @@ def _sources(material: Material) -> list[dict[str, Any]]:
         ]
         found.append({"name": str(folder), "facts": facts})
     return found
+
+
+def _episodes(about: dict[str, Any]) -> str:
+    if "live" in about:  # one, or a trace that is no episode of anything
+        return str(about["live"])
+    return f"{about['split']} 0 to {about['episodes'] - 1}"
 
 
 def _pairs(values: dict[str, str]) -> str:

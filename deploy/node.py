@@ -10,6 +10,7 @@ a single record for twenty times as long.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from mmrl.node.actions import (
     apply,
     legal,
     legal_actions,
+    put_out,
     settle_memory,
     some_verb_legal,
     verb_count,
@@ -61,7 +63,6 @@ from mmrl.sim.kernel import (
     choose_model,
     end_compute,
     end_link_bound,
-    put_out,
     start,
     start_iteration,
 )
@@ -322,10 +323,10 @@ class LiveNode:
         prefill_tables: CostTable,
         models: Sequence[ModelCosts] = (),
     ) -> None:
-        self.nodes: Nodes = np.asarray(nodes)
-        self.table: Nodes = np.asarray(table)
+        self.nodes: Any = np.asarray(nodes)
+        self.table: Any = np.asarray(table)
         self.state: Record = self.nodes.view(np.recarray)[0]
-        self.requests: Nodes = self.table[0]
+        self.requests: Any = self.table[0]
         self.decode_tables, self.prefill_tables = decode_tables, prefill_tables
         self.models = tuple(models)
         self._costs = [CostModel(model.profile) for model in models]
@@ -368,6 +369,8 @@ class LiveNode:
         """
         s, i = self.state, int(self.state.n_requests)
         row, model = self.requests[i], self.models[m]
+        self.requests[i] = np.zeros((), self.requests.dtype)
+        row["first_ns"] = row["finish_ns"] = -1
         row["arrival_ns"] = now_ns
         row["model"] = m
         row["prompt"] = prompt_tokens
@@ -411,7 +414,6 @@ class LiveNode:
             s.h2d_request = moved[s.h2d_request]
         s.next_arrival = int((moved[: s.next_arrival] >= 0).sum())
         s.n_requests = len(kept)
-        self.requests["first_ns"][len(kept) :] = self.requests["finish_ns"][len(kept) :] = -1
         self._first[0] = 0
         return moved[:-1]
 

@@ -22,10 +22,12 @@ COMMANDS = {
     "train": ("mmrl.cli.train", "Train a PPO scheduler on scenarios."),
     "evaluate": ("mmrl.cli.evaluate", "Compare policies on the same arrivals."),
     "report": ("mmrl.cli.report", "Write one HTML report about runs."),
+    "replay": ("mmrl.cli.replay", "Send a workload to a live server and record every token."),
     "tune": ("mmrl.cli.tune", "Tune a hand-written policy."),
     "scenarios": ("mmrl.cli.scenarios", "List and show scenarios."),
     "workload": ("mmrl.cli.workload", "Describe workloads and traces."),
     "profile": ("mmrl.cli.profile", "List, show and check measured profiles."),
+    "testbed": ("mmrl.cli.testbed", "Write random-weight models to try serving with."),
 }
 
 

@@ -1,0 +1,579 @@
+"""What the live node reaches on a GPU, against the limits of the machine and named peers.
+
+Run it on a machine with a GPU:
+
+    python benchmarks/live_node.py --out benchmarks/results/live_node.json
+
+Each section prints its figures with the target beside them and is saved as soon as it is done. Models
+have real shapes and random weights; no files are needed. Peers (stock accelerate hooks, eager `generate`,
+transformers' continuous batching) run in the same process on the same weights.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrl.deploy.checkpoint import Checkpoint
+from mmrl.deploy.config import ServeConfig, build_config
+from mmrl.deploy.fleet import Fleet, open_fleet
+from mmrl.deploy.memory import HostArena, copy_async
+from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
+from mmrl.deploy.testbed import configuration
+from mmrl.files import write_json
+from mmrl.node.actions import LEVEL_0, LEVEL_50, LEVEL_75, LEVEL_100, OUT, WAIT, encode
+from mmrl.node.state import DECODE_STEP
+
+RESULTS: dict[str, Any] = {}
+SMALL, SEVEN, FOURTEEN = "llama3.2-3b", "qwen2.5-7b", "qwen2.5-14b"
+DEVICE = torch.device("cuda", 0)
+
+
+class Hands:
+    """An adapter that decides nothing: the benchmark acts on the node by hand."""
+
+    reverted, name, deadline_s, fallbacks = False, "by hand", 1.0, {}
+    wake: Callable[[], None]
+
+    def check(self, s: Any) -> None:
+        pass
+
+    prepare = check
+
+    def ask(self, nodes: Any, table: Any) -> None:
+        pass
+
+    def poll(self, nodes: Any, table: Any) -> Any:
+        from mmrl.deploy.adapter import Verdict
+
+        return Verdict(WAIT, "policy", 0.0)
+
+    def close(self) -> None:
+        pass
+
+
+class Bench:
+    """A fleet whose loop runs in this thread, as far as it is told to."""
+
+    def __init__(self, names: list[str], memory_gb: float, by_hand: bool = True) -> None:
+        config: ServeConfig = build_config(
+            {
+                "models": [{"path": name} for name in names],
+                "node": {"memory": f"{memory_gb}GB", "host_kv": "4GB", "device": "cuda"},
+            },
+            "benchmark",
+        )
+        checkpoints = [
+            Checkpoint.from_config(configuration(name), torch.bfloat16, seed=i)
+            for i, name in enumerate(names)
+        ]
+        begun = time.perf_counter()
+        self.fleet: Fleet = open_fleet(config, checkpoints=checkpoints)
+        print(f"  {', '.join(names)}: in host memory after {time.perf_counter() - begun:.1f} s")
+        self.names, self.engine, self.node = names, self.fleet.engine, self.fleet.engine.node
+        if by_hand:
+            hands = Hands()
+            hands.wake = lambda: None
+            self.engine.adapter = hands  # type: ignore[assignment]
+        self.times: dict[int, list[tuple[float, Tokens]]] = {}
+        self.steps: list[tuple[int, int, int, float, float, float]] = []
+        self.engine.emit = self._emit
+        self.engine.watch = self._watch
+        self.number = 0
+        self.engine.begin()
+
+    def _emit(self, items: list[tuple[int, Tokens]]) -> None:
+        now = time.perf_counter()
+        for number, tokens in items:
+            self.times[number].append((now, tokens))
+
+    def _watch(self, what: str, value: Any) -> None:
+        if what == "iteration":
+            job, done = value
+            self.steps.append(
+                (
+                    job.model,
+                    job.kind,
+                    len(job.sequences),
+                    (done.ended_ns - done.begun_ns) / 1e9,
+                    done.begun_ns / 1e9,
+                    done.ended_ns / 1e9,
+                )
+            )
+
+    def submit(self, name: str, prompt: int, output: int) -> int:
+        self.number += 1
+        self.times[self.number] = []
+        tokens = tuple(10 + (7 * i + self.number) % 200 for i in range(prompt))
+        request = Generate(name, tokens, output, ignore_eos=True, sampling=Sampling(0.0))
+        self.engine.submit(self.number, request)
+        return self.number
+
+    def act(self, name: str, verb: int) -> None:
+        """Have a verb done at the next instant, as a policy would."""
+        m = self.names.index(name)
+        self.engine.call(lambda: self._act(m, verb))
+
+    def _act(self, m: int, verb: int) -> None:
+        self.node.state.acted[:] = 0
+        done = self.node.state.actions.sum()
+        self.node.act(encode(int(self.node.state.full_verbs), m, verb))
+        assert self.node.state.actions.sum() == done + 1, "the action was not legal"
+
+    def until(self, condition: Callable[[], bool], limit_s: float = 120.0) -> float:
+        """Run the loop until something holds; return the seconds it took."""
+        begun = time.perf_counter()
+        while not condition():
+            self.engine.run_instant()
+            if time.perf_counter() - begun > limit_s:
+                raise TimeoutError(f"not within {limit_s} s")
+        return time.perf_counter() - begun
+
+    def level(self, name: str, verb: int) -> float:
+        """Bring a model to a level and wait until its load has ended."""
+        m, s = self.names.index(name), self.node.state
+        self.act(name, verb)
+        count = s.actions.sum()
+        begun = time.perf_counter()
+        self.until(lambda: s.actions.sum() > count)
+        self.until(lambda: s.granted[m] == s.target[m] and s.landed[m] == s.target[m])
+        return time.perf_counter() - begun
+
+    def finished(self, numbers: list[int]) -> bool:
+        return all(self.times[n] and self.times[n][-1][1].finish is not None for n in numbers)
+
+    def clear(self) -> None:
+        """End all requests."""
+        for number in list(self.times):
+            self.engine.call(lambda number=number: self.engine.cancel(number))
+        self.until(lambda: self.engine.open_requests == 0 and self.node.state.in_system == 0)
+        self.steps.clear()
+
+    def gaps(self, number: int, skip: int = 3) -> list[float]:
+        times = [at for at, tokens in self.times[number] if tokens.tokens]
+        return [b - a for a, b in zip(times[skip:], times[skip + 1 :], strict=False)]
+
+    def close(self) -> None:
+        self.engine.close()
+        self.fleet.close()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def section(name: str) -> Callable[[Callable[[], dict[str, Any]]], Callable[[], None]]:
+    def decorate(function: Callable[[], dict[str, Any]]) -> Callable[[], None]:
+        def run() -> None:
+            begun = time.perf_counter()
+            print(f"{name}:", flush=True)
+            try:
+                RESULTS[name] = function()
+            except Exception:
+                traceback.print_exc()
+                RESULTS[name] = {"error": traceback.format_exc().splitlines()[-1]}
+            RESULTS[name]["took_s"] = time.perf_counter() - begun
+            for key, value in RESULTS[name].items():
+                print(f"  {key}: {value:.4g}" if isinstance(value, float) else f"  {key}: {value}")
+            write_json(OUT, RESULTS)
+
+        SECTIONS[name] = run
+        return run
+
+    return decorate
+
+
+SECTIONS: dict[str, Callable[[], None]] = {}
+OUT = Path("live_node.json")
+
+
+def timed(job: Callable[[], Any], repeats: int = 5) -> float:
+    """Return the median seconds of a job on the device."""
+    job()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        job()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def link_rate() -> float:
+    """Return bytes per second from page-locked memory, in copies of 1 GiB."""
+    arena = HostArena(1 << 30, page_locked=True)
+    there = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    seconds = timed(lambda: copy_async(there, arena.tensor), 7)
+    arena.close()
+    return (1 << 30) / seconds
+
+
+def memory_rate() -> float:
+    """Return bytes per second, read and written, of a copy on the device."""
+    a = torch.empty(4 << 30, dtype=torch.uint8, device=DEVICE)
+    b = torch.empty_like(a)
+    return 2 * (4 << 30) / timed(lambda: b.copy_(a), 7)
+
+
+@section("limits")
+def _() -> dict[str, Any]:
+    import accelerate
+    import transformers
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "link_GBps": link_rate() / 1e9,
+        "memory_GBps": memory_rate() / 1e9,
+    }
+
+
+@section("reload")
+def _() -> dict[str, Any]:
+    """Load a whole model from host memory: at least .95 of the link rate."""
+    out: dict[str, Any] = {}
+    link = RESULTS["limits"]["link_GBps"] * 1e9
+    for name in (SEVEN, FOURTEEN):
+        bench = Bench([name], 60)
+        weights = sum(bench.engine.models[0].weights.piece_bytes)
+        times = []
+        for _ in range(5):
+            times.append(bench.level(name, LEVEL_100))
+            bench.act(name, OUT)
+            bench.until(lambda: bench.node.state.granted[0] == 0)
+        seconds = statistics.median(times)
+        out[f"{name}_s"] = seconds
+        out[f"{name}_of_link_rate (>= .95)"] = weights / seconds / link
+        bench.close()
+    return out
+
+
+@section("streamed")
+def _() -> dict[str, Any]:
+    """A decode step of a 7B with layers streamed, against max(compute, bytes / link)."""
+    out: dict[str, Any] = {}
+    link = RESULTS["limits"]["link_GBps"] * 1e9
+    bench = Bench([SEVEN], 40)
+    weights, s = bench.engine.models[0].weights, bench.node.state
+    for batch in (1, 8):
+        for label, verb in (("0", LEVEL_0), ("1/2", LEVEL_50), ("3/4", LEVEL_75)):
+            if s.target[0] == s.pieces[0] or s.target[0] == 0 or True:
+                bench.level(SEVEN, verb)
+            numbers = [bench.submit(SEVEN, 128, 40) for _ in range(batch)]
+            bench.until(lambda n=numbers: bench.finished(n))
+            gaps = bench.gaps(numbers[-1], 8)
+            step = statistics.median(gaps)
+            missing = int(s.pieces[0] - s.target[0])
+            bound = missing * weights.piece_bytes[1] / link
+            out[f"batch {batch}, {label} resident: step_s"] = step
+            limit = "1.05" if verb == LEVEL_0 else "1.10"
+            out[f"batch {batch}, {label} resident: of the bound (<= {limit})"] = step / bound
+    bench.close()
+    stock = stock_offload()
+    for batch in (1, 8):
+        out[f"batch {batch}: stock accelerate hooks, step_s"] = stock[batch]
+        ours = out[f"batch {batch}, 0 resident: step_s"]
+        out[f"batch {batch}: times faster than stock (>= 6)"] = stock[batch] / ours
+    return out
+
+
+def stock_offload() -> dict[int, float]:
+    """Return the step time of a 7B all of whose layers are offloaded by accelerate itself."""
+    from accelerate import dispatch_model
+    from transformers import AutoModelForCausalLM, StaticCache
+
+    config = configuration(SEVEN)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.model.layers.to("cpu")
+    where = {
+        "model.embed_tokens": 0,
+        "model.norm": 0,
+        "model.rotary_emb": 0,
+        "lm_head": 0,
+        **{f"model.layers.{i}": "cpu" for i in range(config.num_hidden_layers)},
+    }
+    model = dispatch_model(model, where, skip_keys="past_key_values")
+    times = {}
+    for batch in (1, 8):
+        ids = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
+        cache = StaticCache(config=model.config, max_cache_len=64)
+
+        def step(ids: Any = ids, cache: Any = cache) -> None:
+            with torch.inference_mode():
+                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        times[batch] = timed(step, 3)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return times
+
+
+@section("cold")
+def _() -> dict[str, Any]:
+    """First token of a cold 7B, prompt of 128 tokens: it computes while it loads."""
+    link = RESULTS["limits"]["link_GBps"] * 1e9
+    bench = Bench([SEVEN], 40)
+    weights = sum(bench.engine.models[0].weights.piece_bytes)
+    times = []
+    for _ in range(5):
+        number = bench.submit(SEVEN, 128, 2)
+        begun = time.perf_counter()
+        bench.act(SEVEN, LEVEL_100)
+        bench.until(lambda n=number: bool(bench.times[n]))
+        times.append(bench.times[number][0][0] - begun)
+        bench.clear()
+        bench.act(SEVEN, OUT)
+        bench.until(lambda: bench.node.state.granted[0] == 0)
+    bench.close()
+    first = statistics.median(times[1:])
+    return {"first_token_s": first, "of bytes / link rate (<= 1.05)": first / (weights / link)}
+
+
+@section("beside")
+def _() -> dict[str, Any]:
+    """Decode of a resident 3B alone, beside a streaming 7B, and beside a loading 7B."""
+    bench = Bench([SMALL, SEVEN], 60)
+    bench.level(SMALL, LEVEL_100)
+    out: dict[str, Any] = {}
+
+    def steps(during: Callable[[], bool]) -> float:
+        bench.steps.clear()
+        bench.until(during)
+        return statistics.median(
+            took for m, kind, batch, took, _, _ in bench.steps if m == 0 and kind == DECODE_STEP
+        )
+
+    for _ in range(8):
+        bench.submit(SMALL, 256, 4000)
+    bench.until(lambda: bench.node.state.decoding[0] == 8)
+    alone = steps(lambda: len(bench.steps) >= 200)
+    bench.level(SEVEN, LEVEL_0)
+    other = [bench.submit(SEVEN, 128, 30) for _ in range(8)]
+    streaming = steps(lambda: bench.finished(other))
+    out["7B's step while it streams, s"] = statistics.median(bench.gaps(other[-1], 8))
+    load: list[float] = []
+    for _ in range(3):
+        bench.act(SEVEN, OUT)
+        bench.until(lambda: bench.node.state.granted[1] == 0)
+        bench.steps.clear()
+        bench.level(SEVEN, LEVEL_100)
+        load += [took for m, kind, _, took, _, _ in bench.steps if m == 0 and kind == DECODE_STEP]
+    loading = statistics.median(load)
+    bench.clear()
+    bench.close()
+    return {
+        "alone_s": alone,
+        "beside a stream": streaming / alone,
+        "beside a load": loading / alone,
+        "both": "<= 1.1",
+        **out,
+    }
+
+
+@section("resident")
+def _() -> dict[str, Any]:
+    """Decode of a resident 7B: against eager `generate`, the memory's floor, and the peer."""
+    out: dict[str, Any] = {}
+    bench = Bench([SEVEN], 60)
+    bench.level(SEVEN, LEVEL_100)
+    bench.engine.models[0].runner.capture()
+    memory = RESULTS["limits"]["memory_GBps"] * 1e9
+    read = sum(bench.engine.models[0].weights.piece_bytes) - 152064 * 3584 * 2  # but the embeddings
+    overhead = 0.0
+    for batch in (1, 8, 32, 64):
+        numbers = [bench.submit(SEVEN, 256, 64) for _ in range(batch)]
+        begun = time.perf_counter()
+        bench.until(lambda n=numbers: bench.finished(n))
+        took = time.perf_counter() - begun
+        steps = [step for step in bench.steps if step[1] == DECODE_STEP and step[2] == batch]
+        step = statistics.median(step[3] for step in steps)
+        gaps = [b[4] - a[5] for a, b in zip(steps, steps[1:], strict=False)]
+        overhead = statistics.median(gaps) / step
+        kv = batch * 288 * bench.engine.models[0].pool.block_bytes / 16
+        out[f"batch {batch}: step_s"] = step
+        out[f"batch {batch}: of the memory's floor"] = step / ((read + kv) / memory)
+        out[f"batch {batch}: between steps (<= .02)"] = overhead
+        out[f"batch {batch}: tokens/s end to end"] = batch * 64 / took
+        bench.clear()
+    out["batch 64, of the floor"] = "<= 2.5"
+    bench.close()
+    out |= peers(out)
+    return out
+
+
+def peers(ours: dict[str, Any]) -> dict[str, Any]:
+    """Run eager `generate` at batch 1 and transformers' continuous batching with 64 sequences."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    config = configuration(SEVEN)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    prompt = torch.full((1, 256), 20, device=DEVICE)
+
+    def generate(tokens: int) -> None:
+        model.generate(
+            prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
+
+    eager = (timed(lambda: generate(65), 3) - timed(lambda: generate(1), 3)) / 64
+    out = {
+        "eager generate, step_s": eager,
+        "times faster than eager (>= 2)": eager / ours["batch 1: step_s"],
+    }
+    prompts = [[20 + i % 100] * 256 for i in range(64)]
+    settings = GenerationConfig(
+        max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    model.generate_batch(prompts[:2], generation_config=settings)
+    begun = time.perf_counter()
+    answers = model.generate_batch(prompts, generation_config=settings)
+    took = time.perf_counter() - begun
+    tokens = sum(len(answer.generated_tokens) for answer in answers.values())
+    out["continuous batching of transformers, tokens/s"] = tokens / took
+    out["times its throughput (>= 3)"] = ours["batch 64: tokens/s end to end"] / (tokens / took)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return out
+
+
+@section("preempt")
+def _() -> dict[str, Any]:
+    """KV of a 4k-token sequence to the host and back; out and return of a running 7B."""
+    link = RESULTS["limits"]["link_GBps"] * 1e9
+    bench = Bench([SEVEN], 60)
+    bench.level(SEVEN, LEVEL_100)
+    s, live = bench.node.state, bench.engine.models[0]
+    number = bench.submit(SEVEN, 4096, 2000)
+    bench.until(lambda: len(bench.times[number]) > 4)
+    saves, restores, returns = [], [], []
+    for _ in range(5):
+        before = int(s.kv_save_bytes[0]), int(s.kv_restore_bytes[0])
+        busy = int(s.d2h_busy_ns)
+        bench.act(SEVEN, OUT)
+        bench.until(lambda: s.granted[0] == 0 and s.saved[0] == 1)
+        saved = int(s.kv_save_bytes[0]) - before[0]
+        saves.append(saved / ((int(s.d2h_busy_ns) - busy) / 1e9) / link)
+        bench.act(SEVEN, LEVEL_100)
+        begun = time.perf_counter()
+        h2d = int(s.h2d_busy_ns)
+        bench.until(lambda: s.decoding[0] == 1)
+        restored = int(s.kv_restore_bytes[0]) - before[1]
+        weights = sum(live.weights.piece_bytes)
+        bench.until(lambda: s.landed[0] == s.pieces[0])
+        returns.append((time.perf_counter() - begun) / ((weights + restored) / link))
+        restores.append((int(s.h2d_busy_ns) - h2d) / 1e9 - weights / link)
+        count = len(bench.times[number])
+        bench.until(lambda c=count: len(bench.times[number]) > c + 2)
+    pool, host = live.pool, bench.engine.host_kv
+    bench.clear()
+    direct: list[tuple[float, float]] = []
+    pool.resize(10**9, 256)
+    for _ in range(5):
+        begun = time.perf_counter()
+        host.save(pool, 10**9)
+        middle = time.perf_counter()
+        host.restore(pool, 10**9)
+        direct.append((middle - begun, time.perf_counter() - middle))
+        host.free(10**9)
+    nbytes = 256 * pool.block_bytes
+    pool.free(10**9)
+    bench.close()
+    return {
+        "save, of the link rate, in the node (>= .8)": statistics.median(saves),
+        "save, of the link rate, alone (>= .8)": nbytes
+        / statistics.median(d[0] for d in direct)
+        / link,
+        "restore, of the link rate, alone (>= .8)": nbytes
+        / statistics.median(d[1] for d in direct)
+        / link,
+        "return, of (weights + KV) / link (<= 1.10)": statistics.median(returns),
+    }
+
+
+@section("resplit")
+def _() -> dict[str, Any]:
+    """1,000 random levels while it decodes: memory on the device and the host stays as it is."""
+    import random
+
+    import psutil
+
+    draw = random.Random(0)
+    bench = Bench([SMALL], 40)
+    bench.level(SMALL, LEVEL_100)
+    bench.submit(SMALL, 64, 4000)
+    bench.until(lambda: bool(bench.times[1]))
+    s = bench.node.state
+    marks = []
+    begun = time.perf_counter()
+    for i in range(1000):
+        verb = draw.choice([OUT, *range(LEVEL_0, LEVEL_100 + 1)])
+        wanted = 0 if verb == OUT else 1 + (int(s.pieces[0] - 1) * (verb - LEVEL_0) + 3) // 4
+        if wanted != s.target[0]:
+            count = s.actions.sum()
+            bench.act(SMALL, verb)
+            bench.until(lambda c=count: s.actions.sum() > c)
+        for _ in range(draw.randrange(4)):
+            bench.engine.run_instant()
+        if i % 100 == 99:
+            bench.until(lambda: bench.node.state.granted[0] == bench.node.state.target[0])
+            marks.append(
+                (
+                    torch.cuda.memory_reserved(),
+                    psutil.Process().memory_info().rss,
+                    bench.fleet.memory.committed_bytes,
+                )
+            )
+        if time.perf_counter() - begun > 120:
+            break
+    peak = bench.fleet.memory.peak_bytes + torch.cuda.max_memory_reserved()
+    tokens = len(bench.times[1])
+    bench.clear()
+    bench.close()
+    return {
+        "re-splits": i + 1,
+        "tokens meanwhile": tokens,
+        "host growth after the first 100, MB": (marks[-1][1] - marks[0][1]) / 1e6,
+        "torch growth after the first 100, MB": (marks[-1][0] - marks[0][0]) / 1e6,
+        "peak of the budget (<= 1)": peak / int(s.budget_bytes),
+    }
+
+
+@section("decisions")
+def _() -> dict[str, Any]:
+    """Latency of decisions of the champion under load, and time between iterations."""
+    bench = Bench([SMALL, SEVEN], 16, by_hand=False)
+    numbers = [bench.submit((SMALL, SEVEN)[i % 2], 200, 60) for i in range(40)]
+    bench.until(lambda: bench.finished(numbers), 200)
+    latencies = sorted(bench.engine.decision_latencies_s)
+    failed = sum(bench.times[n][-1][1].finish is not Finish.LENGTH for n in numbers)
+    bench.close()
+    return {
+        "decisions": len(latencies),
+        "p50_s": latencies[len(latencies) // 2],
+        "p99_s (<= .002)": latencies[int(0.99 * (len(latencies) - 1))],
+        "failed requests": failed,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--only", nargs="*", choices=list(SECTIONS), help="sections to run")
+    arguments = parser.parse_args()
+    OUT = arguments.out
+    if OUT.exists():
+        RESULTS.update(json.loads(OUT.read_text()))
+    wanted = arguments.only or list(SECTIONS)
+    for name in dict.fromkeys(["limits", *wanted]):
+        SECTIONS[name]()

@@ -1,0 +1,801 @@
+"""`Engine`: the loop that makes a node real.
+
+`LiveNode` says what is to run, to load and to save; the engine has workers do it (the iteration of
+a resident model, the one link-bound iteration, a transfer each way), tells the node what has ended,
+and lets the physical layer follow the state: weights and KV blocks are committed where the state
+has granted them, and given back where it has taken them away. Policies are asked in between.
+
+Time is real, or (`SimulatedTime`) that of the cost model: then the same jobs run, but end when the
+simulator says so, and every decision can be compared with the simulator's.
+"""
+
+import queue
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from mmrl.deploy.adapter import DeployAdapter
+from mmrl.deploy.kv import HostKV, KVPool
+from mmrl.deploy.memory import BudgetExceeded, OutOfDeviceMemory
+from mmrl.deploy.node import LiveNode
+from mmrl.deploy.protocol import Decision, Finish, Generate, Tokens
+from mmrl.deploy.reasons import reason
+from mmrl.deploy.runner import DecodeInput, ModelRunner
+from mmrl.deploy.sampling import Choice
+from mmrl.deploy.weights import LinkBoundGate, ModelWeights
+from mmrl.deploy.workers import Done, Worker
+from mmrl.node.actions import LEVEL_100, VERBS, WAIT, decode
+from mmrl.node.state import (
+    DECODE_STEP,
+    DONE,
+    IDLE,
+    LINK_IDLE,
+    LINK_LOAD,
+    LINK_STREAM,
+    QUEUE_LIMIT,
+    REFUSED,
+    RESTORING,
+    SAVED,
+    SAVING,
+    UNARRIVED,
+)
+
+FAILURES = 3  # failed iterations in a row after which a model is quarantined
+DECISIONS = 100  # that the engine remembers
+COMPUTE, LINK_BOUND, H2D, D2H = "compute", "link-bound", "h2d", "d2h"
+
+
+@dataclass
+class ServedModel:
+    """A model with everything that runs it.
+
+    Attributes:
+        name: What clients call it.
+        weights: Its weights on host and device.
+        pool: Its KV blocks.
+        runner: Its iterations.
+        eos: Its end-of-sequence tokens.
+        failures: Failed iterations in a row.
+        quarantined: Whether it takes no requests.
+    """
+
+    name: str
+    weights: ModelWeights
+    pool: KVPool
+    runner: ModelRunner
+    eos: frozenset[int]
+    failures: int = 0
+    quarantined: bool = False
+
+
+@dataclass(eq=False)
+class Sequence_:
+    """A request that is in the node.
+
+    Attributes:
+        number: The front's number of the request, also the key of its KV.
+        request: What was asked for.
+        model: Index of its model.
+        row: Its row in the node's table.
+        tokens: Prompt and tokens generated so far.
+        seed: Of its sampling.
+        ending: Its last token has come, or an error: nothing is emitted any more.
+    """
+
+    number: int
+    request: Generate
+    model: int
+    row: int
+    tokens: list[int]
+    seed: int
+    ending: bool = False
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An iteration in flight: of which model, for which sequences."""
+
+    model: int
+    kind: int
+    sequences: tuple[Sequence_, ...]
+    last: bool  # a decode step, or the last chunk of a prefill: it yields tokens
+    submitted_ns: int
+    gate: LinkBoundGate | None = None
+    number: int = -1  # of the link-bound iteration
+
+
+class Clock(Protocol):
+    """Where time comes from."""
+
+    real: bool
+
+    def now_ns(self) -> int:
+        """Return the time."""
+
+    def wait(self, engine: "Engine") -> set[str]:
+        """Let time pass until something has happened; return the workers whose jobs ended."""
+
+
+class RealTime:
+    """The clock on the wall: jobs end when they end."""
+
+    real = True
+
+    def __init__(self) -> None:
+        self._start_ns = time.monotonic_ns()
+        self._last_ns = 0
+
+    def now_ns(self) -> int:
+        """Return nanoseconds since the start, never less than before."""
+        self._last_ns = max(self._last_ns, time.monotonic_ns() - self._start_ns)
+        return self._last_ns
+
+    def wait(self, engine: "Engine") -> set[str]:
+        """Wait for a message, the end of a job, or the next decision."""
+        s = engine.node.state
+        until_ns = int(min(s.due_ns, s.timer_ns))
+        if engine.deciding:
+            until_ns = min(until_ns, engine.decision_until_ns)
+        timeout_s = (until_ns - self.now_ns()) / 1e9
+        engine.receive(max(0.0, timeout_s))
+        return set(engine.ended)
+
+
+class SimulatedTime:
+    """The clock of the cost model: an event happens when the simulator says so.
+
+    Args:
+        script: What comes from outside, and when: (instant in ns, function), in order.
+    """
+
+    real = False
+
+    def __init__(self, script: Sequence[tuple[int, Callable[[], None]]] = ()) -> None:
+        self._now_ns = 0
+        self._script = deque(script)
+
+    def now_ns(self) -> int:
+        """Return simulated nanoseconds."""
+        return self._now_ns
+
+    def wait(self, engine: "Engine") -> set[str]:
+        """Go to the next event that the costs foresee; jobs that end there have really ended."""
+        s = engine.node.state
+        self._now_ns = engine.node.next_event_ns()
+        if self._script:
+            self._now_ns = min(self._now_ns, self._script[0][0])
+        while self._script and self._script[0][0] == self._now_ns:
+            self._script.popleft()[1]()
+        ends = {COMPUTE: s.gpu_end_ns, H2D: s.h2d_end_ns, D2H: s.d2h_end_ns}
+        ended = {worker for worker, end in ends.items() if end == self._now_ns}
+        if s.gpu_kind != IDLE and s.gpu_link_bound:
+            ended.discard(COMPUTE)
+            engine.foreseen_compute_end = bool(s.gpu_end_ns == self._now_ns)
+        for worker in ended:
+            engine.join(worker)
+        return ended
+
+
+class Engine:
+    """Serves a fleet on one device.
+
+    Args:
+        models: The fleet, in the order of the node's models.
+        node: Its state.
+        adapter: Who decides.
+        host_kv: Saved KV.
+        device: Where the models run.
+        clock: Where time comes from; real unless given.
+
+    Attributes:
+        emit: Called with (number, tokens) of requests, those of an instant together.
+        accept: Called with the number of a request that is taken in.
+        refuse: Called with number, kind and words for one that is not.
+        watch: Called with each iteration and decision, for tests and measurements.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ServedModel],
+        node: LiveNode,
+        adapter: DeployAdapter,
+        host_kv: HostKV,
+        device: torch.device,
+        clock: Clock | None = None,
+    ) -> None:
+        self.models, self.node, self.adapter, self.host_kv = list(models), node, adapter, host_kv
+        self.device, self.clock = device, clock or RealTime()
+        self.names = [model.name for model in models]
+        self.emit: Callable[[list[tuple[int, Tokens]]], None] = lambda items: None
+        self.accept: Callable[[int], None] = lambda number: None
+        self.refuse: Callable[[int, str, str], None] = lambda number, kind, words: None
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.workers = {name: Worker(name, device, self.inbox) for name in (LINK_BOUND, H2D, D2H)}
+        self.workers[COMPUTE] = Worker(COMPUTE, device, self.inbox, high_priority=True)
+        self.ended: dict[str, Done] = {}
+        self.foreseen_compute_end = False
+        self._messages: deque[Callable[[], None]] = deque()
+        self._rows: dict[int, Sequence_] = {}
+        self._numbers: dict[int, Sequence_] = {}
+        self._cancelling: list[Sequence_] = []
+        self._new: list[Sequence_] = []
+        self._streamed = 0  # layers of the link-bound iteration that went or go over the link
+        self._on_host: set[Sequence_] = set()  # whose KV is saved, or being saved
+        self._changed: list[int] = []  # rows whose KV blocks are still to be resized
+        self._outgoing: list[tuple[int, Tokens]] = []
+        self._compute: Job | None = None
+        self._link_bound: Job | None = None
+        self.deciding = False
+        self.decision_until_ns = 0
+        self.decisions: deque[Decision] = deque(maxlen=DECISIONS)
+        self.decision_count = 0
+        self.decision_latencies_s: list[float] = []
+        self.overhead_ns = 0
+        self._compute_idle_since_ns: int | None = None
+        self.watch: Callable[[str, Any], None] | None = None
+        adapter.check(node.state)
+        adapter.prepare(node.state)
+        adapter.wake = lambda: self.inbox.put(None)
+
+    # ------------------------------------------------------------------ from outside
+
+    def call(self, message: Callable[[], None]) -> None:
+        """Have the loop call a function between two instants; from any thread."""
+        self.inbox.put(message)
+
+    def submit(self, number: int, request: Generate) -> None:
+        """Take a request in, on the loop. It is accepted or refused at the next instant."""
+        m = self.names.index(request.model)
+        if self.models[m].quarantined:
+            self.refuse(number, "quarantined", f"{request.model} failed repeatedly")
+            return
+        if self.node.full:
+            self._compact()
+        if self.node.full or self._waiting(m) >= QUEUE_LIMIT:
+            self.refuse(number, "queue_full", f"{QUEUE_LIMIT} requests wait for {request.model}")
+            return
+        row = self.node.submit(
+            self.clock.now_ns(), m, len(request.prompt), max(1, request.max_tokens)
+        )
+        seed = request.sampling.seed
+        sequence = Sequence_(
+            number,
+            request,
+            m,
+            row,
+            list(request.prompt),
+            random.getrandbits(62) if seed is None else seed,
+        )
+        self._rows[row] = self._numbers[number] = sequence
+        self._new.append(sequence)
+
+    def cancel(self, number: int) -> None:
+        """Take a request out, on the loop."""
+        sequence = self._numbers.get(number)
+        if sequence is not None and not sequence.ending:
+            self._end(sequence, Tokens((), Finish.CANCELLED))
+
+    def set_pinned(self, m: int, pinned: bool) -> None:
+        """Keep a model where it is, or let it go again."""
+        self.node.state.pinned[m] = pinned
+
+    def release(self, m: int) -> None:
+        """Take a model out of quarantine."""
+        self.models[m].quarantined = False
+        self.models[m].failures = 0
+
+    def revert(self, reverted: bool) -> None:
+        """Let the champion decide, or the policy again."""
+        self.adapter.reverted = reverted
+        self.adapter.prepare(self.node.state)
+
+    def preload(self, m: int) -> bool:
+        """Load a model if it fits now; return whether it does."""
+        fits = self.node.preload(m)
+        self._give_back()
+        if fits:
+            self._note(m, LEVEL_100, "operator", "preload", 0.0)
+        return fits
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._numbers)
+
+    # ------------------------------------------------------------------ the loop
+
+    def run_instant(self) -> None:
+        """Wait for something to happen, and do everything that follows from it."""
+        ended = self.clock.wait(self)
+        while self._messages:
+            self._messages.popleft()()
+        self._instant(ended)
+
+    def begin(self) -> None:
+        """Start what can start before anything has happened."""
+        self._work()
+
+    def receive(self, timeout_s: float) -> None:
+        """Wait for messages; sort them into ends of jobs and calls."""
+        try:
+            message = self.inbox.get(timeout=timeout_s) if timeout_s > 0 else self.inbox.get(False)
+        except queue.Empty:
+            return
+        while True:
+            if isinstance(message, Done):
+                self.workers[message.worker].busy = False
+                self.ended[message.worker] = message
+            elif message is not None:
+                self._messages.append(message)
+            try:
+                message = self.inbox.get(False)
+            except queue.Empty:
+                return
+
+    def join(self, worker: str) -> None:
+        """Wait until the job of a worker has ended."""
+        while worker not in self.ended:
+            self.receive(60.0)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        if self._link_bound is not None and self._link_bound.gate is not None:
+            self._link_bound.gate.cancel()
+        for worker in self.workers.values():
+            worker.close()
+        self.adapter.close()
+
+    def _instant(self, ended: set[str]) -> None:
+        node = self.node
+        self._fail_on_transfer_errors(ended)
+        node.advance(self.clock.now_ns(), h2d=H2D in ended, d2h=D2H in ended)
+        for worker in ended & {H2D, D2H}:
+            del self.ended[worker]
+        if COMPUTE in ended:
+            self._end_compute(self.ended.pop(COMPUTE))
+        elif self.foreseen_compute_end:
+            self.foreseen_compute_end = False
+            node.end_compute()
+        if self._link_bound is not None and node.link_bound_complete:
+            if not self.clock.real:
+                self.join(LINK_BOUND)
+            if LINK_BOUND in self.ended:
+                self._end_link_bound(self.ended.pop(LINK_BOUND))
+        elif LINK_BOUND in self.ended and self.ended[LINK_BOUND].error is not None:
+            self._end_link_bound(self.ended.pop(LINK_BOUND))
+        self._retry_cancels()
+        due = node.settle()
+        self._give_back()
+        self._welcome()
+        if (due and not self.deciding and node.begin_decision()) or self.deciding:
+            self._decide()
+        self._work()
+        if self._outgoing:
+            self.emit(self._outgoing)
+            self._outgoing = []
+
+    def _work(self) -> None:
+        """Start what the state says; a live link-bound iteration leaves the device free."""
+        while True:
+            self.node.start_work()
+            if not self._take_granted():
+                return
+            more = self._start_iteration()
+            self._start_transfers()
+            if not more:
+                return
+
+    # ------------------------------------------------------------------ decisions
+
+    def _decide(self) -> None:
+        """Ask, or look whether the answer has come; do what it says until it says WAIT."""
+        node = self.node
+        while True:
+            if not self.clock.real:
+                verdict = self.adapter.decide(node.nodes, node.table)
+            else:
+                if not self.deciding:
+                    self.deciding = True
+                    deadline_ns = round(self.adapter.deadline_s * 1e9)
+                    self.decision_until_ns = self.clock.now_ns() + deadline_ns
+                    self.adapter.ask(node.nodes, node.table)
+                answer = self.adapter.poll(node.nodes, node.table)
+                if answer is None:
+                    return
+                verdict = answer
+            self.deciding = False
+            self.decision_latencies_s.append(verdict.latency_s)
+            if self.watch is not None:
+                self.watch("decision", verdict.action)
+            if verdict.action != WAIT:
+                m, verb = decode(int(node.state.full_verbs), verdict.action)
+                if node.legal(m, verb):
+                    words = reason(node, self.names, m, verb)
+                    self._note(m, verb, verdict.by, words, verdict.latency_s)
+            more = node.act(verdict.action)
+            self._give_back()
+            if not more:
+                return
+
+    def _note(self, m: int, verb: int, by: str, words: str, latency_s: float) -> None:
+        self.decision_count += 1
+        self.decisions.append(
+            Decision(
+                self.decision_count, time.time(), self.names[m], VERBS[verb], by, words, latency_s
+            )
+        )
+
+    # ------------------------------------------------------------------ ends
+
+    def _fail_on_transfer_errors(self, ended: set[str]) -> None:
+        for worker in (H2D, D2H):
+            if worker in ended and (error := self.ended[worker].error) is not None:
+                raise error
+
+    def _end_compute(self, done: Done) -> None:
+        job, self._compute = self._compute, None
+        assert job is not None
+        self._compute_idle_since_ns = done.ended_ns
+        if done.error is not None:
+            self._fail(job, done.error)
+            return
+        if self.watch is not None:
+            self.watch("iteration", (job, done))
+        self._take(job, done.result)
+        self.node.end_compute()
+        self._finish(job, done.result)
+
+    def _end_link_bound(self, done: Done) -> None:
+        job, self._link_bound = self._link_bound, None
+        assert job is not None and job.gate is not None
+        job.gate.close()
+        if done.error is not None:
+            self._fail(job, done.error)
+            return
+        self._take(job, done.result)
+        self.node.end_link_bound()
+        self._finish(job, done.result)
+
+    def _take(self, job: Job, tokens: list[Any]) -> None:
+        """Give the tokens of an iteration to its sequences, before the state does."""
+        self.models[job.model].failures = 0
+        if not job.last:
+            return
+        for sequence, token in zip(job.sequences, tokens, strict=True):
+            if isinstance(token, BaseException):
+                continue
+            sequence.tokens.append(token)
+            if sequence.ending:
+                continue
+            request = sequence.request
+            ends = token in self.models[job.model].eos and not request.ignore_eos
+            if ends and sequence.generated > request.min_tokens:
+                self.node.end_output(sequence.row)
+                self._end(sequence, Tokens((), Finish.STOP))
+            elif sequence.generated >= request.max_tokens:
+                self._end(sequence, Tokens((token,), Finish.LENGTH))
+            else:
+                self._outgoing.append((sequence.number, Tokens((token,))))
+
+    def _finish(self, job: Job, tokens: list[Any]) -> None:
+        """Fail the sequences of an iteration for which it raised, after its end."""
+        if not job.last:
+            return
+        for sequence, token in zip(job.sequences, tokens, strict=True):
+            if isinstance(token, BaseException):
+                self._count_failure(job.model)
+                self._end(sequence, Tokens((), Finish.ERROR, _describe(token)))
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        """Deal with an iteration that raised as a whole."""
+        memory = isinstance(error, torch.OutOfMemoryError | OutOfDeviceMemory)
+        self.node.fail_iteration(job.model, link_bound=job.gate is not None, out=memory)
+        self._count_failure(job.model)
+        if memory:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if not self.models[job.model].quarantined:
+                return  # its sequences are preempted and continue later
+        for sequence in job.sequences:
+            self._end(sequence, Tokens((), Finish.ERROR, _describe(error)))
+
+    def _count_failure(self, m: int) -> None:
+        model = self.models[m]
+        model.failures += 1
+        if model.failures >= FAILURES and not model.quarantined:
+            model.quarantined = True
+            for sequence in [q for q in self._numbers.values() if q.model == m]:
+                self._end(sequence, Tokens((), Finish.ERROR, f"{model.name} failed repeatedly"))
+
+    def _end(self, sequence: Sequence_, tokens: Tokens) -> None:
+        """Say the last word of a request, once, and see that it leaves the node."""
+        if sequence.ending:
+            return
+        sequence.ending = True
+        del self._numbers[sequence.number]
+        self._outgoing.append((sequence.number, tokens))
+        self._cancelling.append(sequence)
+
+    def _retry_cancels(self) -> None:
+        """Take ended requests out of the node where it still has them and does not need them."""
+        left = []
+        for sequence in self._cancelling:
+            state = self.node.requests[sequence.row]["state"]
+            if state == UNARRIVED or (state < DONE and not self.node.cancel(sequence.row)):
+                left.append(sequence)
+        self._cancelling = left
+
+    def _welcome(self) -> None:
+        """Tell the front which of the new requests are in."""
+        for sequence in self._new:
+            if self.node.requests[sequence.row]["state"] == REFUSED:
+                sequence.ending = True
+                del self._numbers[sequence.number]
+                self.refuse(sequence.number, "queue_full", "the queue of the model is full")
+            else:
+                self.accept(sequence.number)
+        self._new.clear()
+
+    # ------------------------------------------------------------------ the physical layer
+
+    def _give_back(self) -> None:
+        """Give back what the state has taken away.
+
+        After every transition that can take: what is granted again at the same instant has to be
+        loaded again.
+        """
+        s = self.node.state
+        job = self._link_bound
+        if job is not None and (s.lb_kind == IDLE or s.lb_id != job.number or s.lb_abandoned):
+            assert job.gate is not None
+            job.gate.cancel()
+            self.join(LINK_BOUND)
+            del self.ended[LINK_BOUND]
+            job.gate.close()
+            self._link_bound = None
+            s.stream_hold = 0
+        for m, model in enumerate(self.models):
+            pieces, weights = int(s.granted[m]), model.weights
+            if pieces == 0 and weights.granted is not None:
+                weights.set_granted(None)
+            elif pieces < _pieces(weights):
+                weights.set_granted(weights.choose(pieces - 1))
+        for sequence in list(self._on_host):
+            if self.node.requests[sequence.row]["state"] not in (SAVING, SAVED, RESTORING):
+                self._on_host.remove(sequence)
+                self.host_kv.free(sequence.number)
+        left = []
+        for row in self._changed + self.node.kv_changes():
+            sequence = self._rows[row]
+            pool, blocks = self.models[sequence.model].pool, self.node.blocks(row)
+            if blocks > len(pool.table(sequence.number)):
+                left.append(row)
+                continue
+            pool.resize(sequence.number, blocks)
+            if self.node.requests[row]["state"] >= DONE:
+                del self._rows[row]
+        self._changed = left
+
+    def _take_granted(self) -> bool:
+        """Take what the state has granted.
+
+        Returns:
+            Whether all of it could be taken; if not, nothing new may start yet.
+        """
+        self._give_back()
+        try:
+            self._grow()
+        except BudgetExceeded:
+            self._compact_pools()
+            try:
+                self._grow()
+            except BudgetExceeded:  # when what is in flight has ended, more can be moved
+                return False
+        return True
+
+    def _grow(self) -> None:
+        """Take the memory that the state has granted.
+
+        Raises:
+            BudgetExceeded: Blocks lie scattered and hold more memory than they need.
+        """
+        for m, model in enumerate(self.models):
+            pieces, weights = int(self.node.state.granted[m]), model.weights
+            if pieces > _pieces(weights):
+                weights.set_granted(weights.choose(pieces - 1))
+        while self._changed:
+            row = self._changed[-1]
+            sequence = self._rows[row]
+            self.models[sequence.model].pool.resize(sequence.number, self.node.blocks(row))
+            self._changed.pop()
+
+    def _compact_pools(self) -> None:
+        """Close the holes of all pools, moving what nothing in flight uses."""
+        requests = self.node.requests
+        running = {job.model for job in (self._compute, self._link_bound) if job is not None}
+        movable: dict[int, set[int]] = {m: set() for m in range(len(self.models))}
+        for row, sequence in self._rows.items():
+            moving = requests[row]["state"] in (SAVING, RESTORING)
+            if not moving and sequence.model not in running:
+                movable[sequence.model].add(sequence.number)
+        for m, model in enumerate(self.models):
+            model.pool.compact(movable[m])
+
+    def _start_transfers(self) -> None:
+        s = self.node.state
+        h2d, d2h = self.workers[H2D], self.workers[D2H]
+        if s.h2d_kind != LINK_IDLE and not h2d.busy and H2D not in self.ended:
+            m = int(s.h2d_model)
+            model = self.models[m]
+            if s.h2d_kind == LINK_LOAD:
+                piece = model.weights.claim_piece(int(min(s.target[m], s.granted[m])) - 1)
+                assert piece is not None, (
+                    f"nothing to load: {s.landed[m]} of {s.granted[m]} granted and {s.target[m]} "
+                    f"wanted, but {sorted(model.weights.landed)} of {model.weights.granted}"
+                )
+                h2d.submit(lambda: model.weights.copy_piece(piece))
+            elif s.h2d_kind == LINK_STREAM:
+                h2d.submit(self._stream(model.weights))
+            else:
+                sequence = self._rows[int(s.h2d_request)]
+                h2d.submit(lambda: self.host_kv.restore(model.pool, sequence.number))
+        if s.d2h_request >= 0 and not d2h.busy and D2H not in self.ended:
+            saved = self._rows[int(s.d2h_request)]
+            if saved in self._on_host:  # restored and preempted again within one instant
+                self.host_kv.free(saved.number)
+            self._on_host.add(saved)
+            pool = self.models[saved.model].pool
+            d2h.submit(lambda: self.host_kv.save(pool, saved.number))
+
+    def _stream(self, weights: ModelWeights) -> Callable[[], Any]:
+        """Return the job that sends the next layer of the link-bound iteration to its slot."""
+        job = self._link_bound
+        if job is None or job.gate is None:  # abandoned before the copy could begin
+            return lambda: None
+        gate, layer = job.gate, job.gate.streamed[self._streamed]
+        self._streamed += 1
+        self._hold_stream()
+        return lambda: weights.stream_layer(layer, gate)
+
+    def _hold_stream(self) -> None:
+        """Let no further layer start on the link before its slot is free."""
+        job = self._link_bound
+        if job is None or job.gate is None or not self.clock.real:
+            return
+        self.node.state.stream_hold = not job.gate.slot_free(self._streamed)
+
+    def _start_iteration(self) -> bool:
+        """Start the iteration that the state has given the device to.
+
+        Returns:
+            Whether more may start at this instant.
+        """
+        s = self.node.state
+        if s.gpu_kind == IDLE or self._compute is not None:
+            return False
+        if s.gpu_link_bound and (self._link_bound is not None or s.lb_abandoned):
+            return False  # under a simulated clock its compute has not ended yet
+        m, kind = int(s.gpu_model), int(s.gpu_kind)
+        model = self.models[m]
+        run, job = self._prepare(m, kind, int(s.gpu_tokens))
+        if not s.gpu_link_bound:
+            self._compute = job
+            if self._compute_idle_since_ns is not None:
+                self.overhead_ns += time.monotonic_ns() - self._compute_idle_since_ns
+            self.workers[COMPUTE].submit(lambda: run(True))
+            return False
+        weights = model.weights
+        held = weights.choose(int(s.target[m]) - 1)
+        gate = weights.link_bound(
+            sorted(set(range(weights.layers)) - held),
+            pull=not self.clock.real,  # the simulator's instants are not those of the slots
+            freed=lambda: self.inbox.put(self._hold_stream),
+        )
+        self._link_bound = Job(
+            m, kind, job.sequences, job.last, job.submitted_ns, gate, int(s.lb_id)
+        )
+        self._streamed = 0
+        s.stream_hold = 0
+
+        def iterate() -> list[Any]:
+            with gate:
+                return run(False)
+
+        self.workers[LINK_BOUND].submit(iterate)
+        if not self.clock.real:
+            return False
+        self.node.end_compute()
+        return True
+
+    def _prepare(self, m: int, kind: int, tokens: int) -> tuple[Callable[[bool], list[Any]], Job]:
+        """Gather the inputs of an iteration; they do not change while it runs."""
+        model, node = self.models[m], self.node
+        now = time.monotonic_ns()
+        if kind == DECODE_STEP:
+            batch = [self._rows[row] for row in node.decoding(m)]
+            inputs = [
+                DecodeInput(
+                    sequence.tokens[-1],
+                    len(sequence.tokens) - 1,
+                    model.pool.table(sequence.number),
+                    self._choice(sequence),
+                )
+                for sequence in batch
+            ]
+
+            def step(resident: bool) -> list[Any]:
+                return _decode(model.runner, inputs, resident)
+
+            return step, Job(m, kind, tuple(batch), True, now)
+        row = int(node.state.prefilling[m])
+        sequence = self._rows[row]
+        start = int(node.requests[row]["prefilled"])
+        chunk = sequence.tokens[start : start + tokens]
+        last = start + tokens == len(sequence.tokens)
+        table = model.pool.table(sequence.number)
+        choice = self._choice(sequence) if last else None
+
+        def prefill(resident: bool) -> list[Any]:
+            return [model.runner.prefill(chunk, start, table, choice)]
+
+        return prefill, Job(m, kind, (sequence,), last, now)
+
+    def _choice(self, sequence: Sequence_) -> Choice:
+        request = sequence.request
+        no_eos = sequence.generated < request.min_tokens and not request.ignore_eos
+        return Choice.of(request.sampling, sequence.seed, no_eos)
+
+    def _waiting(self, m: int) -> int:
+        return int(self.node.state.queue_len[m]) + sum(q.model == m for q in self._new)
+
+    def _compact(self) -> None:
+        moved = self.node.compact()
+        rows = {}
+        for row, sequence in self._rows.items():
+            sequence.row = int(moved[row])
+            if sequence.row >= 0:
+                rows[sequence.row] = sequence
+        self._rows = rows
+
+
+def _pieces(weights: ModelWeights) -> int:
+    """Return for how many pieces device memory is committed."""
+    return 0 if weights.granted is None else 1 + len(weights.granted)
+
+
+def _decode(runner: ModelRunner, inputs: Sequence[DecodeInput], resident: bool) -> list[Any]:
+    """Do a decode step; where it raises, one sequence at a time, so that only the guilty fails.
+
+    Returns:
+        A token or an exception for each sequence.
+    """
+    try:
+        return list(runner.decode(inputs, resident=resident))
+    except (torch.OutOfMemoryError, OutOfDeviceMemory):
+        raise
+    except Exception:
+        if len(inputs) == 1:
+            raise
+    tokens: list[Any] = []
+    for one in inputs:
+        try:
+            tokens += runner.decode([one], resident=resident)
+        except (torch.OutOfMemoryError, OutOfDeviceMemory):
+            raise
+        except Exception as error:
+            tokens.append(error)
+    return tokens
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

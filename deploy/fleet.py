@@ -1,0 +1,374 @@
+"""`open_fleet`: from a configuration to an engine with every model's weights in host memory.
+
+What it finds wrong (a model that cannot fit, too little host memory, a broken checkpoint) is said
+before the first gigabyte is read.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmrl.agents.export import ExportedPolicy, load_policy
+from mmrl.deploy.adapter import DeployAdapter
+from mmrl.deploy.checkpoint import Checkpoint
+from mmrl.deploy.config import ModelConfig, ServeConfig
+from mmrl.deploy.engine import Clock, Engine, ServedModel
+from mmrl.deploy.hardware import device_name, find_device, platform_here, usable_bytes
+from mmrl.deploy.kv import HostKV, KVPool
+from mmrl.deploy.memory import DeviceMemory, HostArena, host_available_bytes
+from mmrl.deploy.node import LiveNode, ModelCosts, NodeNumbers
+from mmrl.deploy.protocol import ModelInfo, ModelState, NodeState
+from mmrl.deploy.runner import GraphPool, ModelRunner
+from mmrl.deploy.weights import ModelWeights, StreamSlots, host_buffers, host_bytes
+from mmrl.errors import InputError
+from mmrl.node.actions import verb_names
+from mmrl.node.memory import free_bytes, weight_bytes
+from mmrl.node.state import BLOCK_TOKENS, PREFILL, SAVING
+from mmrl.profiles.derive import derive_profile
+from mmrl.profiles.schema import Platform, Profile, load_profile
+from mmrl.rules import Rule, get_rule, rule_names
+
+LEAST_TOKENS = 1024  # of KV that the largest model must have room for
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Fleet:
+    """An engine and what is known about its models.
+
+    Attributes:
+        engine: Ready to begin.
+        infos: The models, as the front needs to know them.
+        notes: What a user should know, for example which costs are derived.
+    """
+
+    engine: Engine
+    infos: tuple[ModelInfo, ...]
+    notes: tuple[str, ...]
+    device: torch.device
+    started_s: float
+    memory: DeviceMemory
+    _arenas: tuple[HostArena, ...]
+
+    def close(self) -> None:
+        """Give device and host memory back; the engine must be closed before."""
+        for model in self.engine.models:
+            model.weights.close()
+            model.pool.close()
+        self.engine.host_kv.close()
+        for arena in self._arenas:
+            arena.close()
+
+    def picture(self) -> NodeState:
+        """Return a picture of the node now."""
+        engine, node = self.engine, self.engine.node
+        s = node.state
+        latencies, engine.decision_latencies_s = engine.decision_latencies_s, []
+        return NodeState(
+            time_s=time.time(),
+            started_s=self.started_s,
+            device=device_name(self.device),
+            policy=engine.adapter.name,
+            reverted=engine.adapter.reverted,
+            draining=False,
+            budget_bytes=int(s.budget_bytes),
+            reserve_bytes=int(s.reserve_bytes),
+            free_bytes=int(free_bytes(s)),
+            host_kv_bytes=int(s.host_kv_bytes),
+            host_kv_limit_bytes=int(s.host_kv_limit_bytes),
+            h2d_busy_s=s.h2d_busy_ns / 1e9,
+            d2h_busy_s=s.d2h_busy_ns / 1e9,
+            compute_s=float(s.gpu_busy_ns.sum()) / 1e9,
+            decisions_asked=int(s.decisions),
+            illegal_actions=int(s.illegal_actions),
+            fallbacks=dict(engine.adapter.fallbacks),
+            decision_latencies_s=tuple(latencies),
+            overhead_s=engine.overhead_ns / 1e9,
+            models=tuple(self._model(m) for m in range(len(self.infos))),
+            decisions=tuple(engine.decisions),
+        )
+
+    def _model(self, m: int) -> ModelState:
+        node, info, served = self.engine.node, self.infos[m], self.engine.models[m]
+        s, r = node.state, node.requests
+        states = [int(r[row]["state"]) for row in s.begun[m, : s.begun_len[m]]]
+        running = sum(PREFILL <= state < SAVING for state in states)
+        oldest = r[s.queue[m, 0]]["arrival_ns"] if s.queue_len[m] else s.now_ns
+        return ModelState(
+            name=info.name,
+            pieces=int(s.pieces[m]),
+            landed=int(s.landed[m]),
+            target=int(s.target[m]),
+            weight_bytes=info.weight_bytes,
+            resident_bytes=int(weight_bytes(s, m, s.landed[m])),
+            kv_bytes=int(s.kv_blocks[m] * s.block_bytes[m]),
+            queued=int(s.queue_len[m]),
+            running=running,
+            suspended=len(states) - running,
+            oldest_wait_s=max(0.0, float(self.engine.clock.now_ns() - oldest) / 1e9)
+            if s.queue_len[m]
+            else 0.0,
+            ttft_s=info.ttft_s,
+            tpot_s=info.tpot_s,
+            paused=bool(s.paused[m]),
+            focus=bool(s.focus == m),
+            pinned=bool(s.pinned[m]),
+            quarantined=served.quarantined,
+            loads=int(s.loads[m]),
+            outs=int(s.outs[m]),
+            idle_evictions=int(s.idle_evictions[m]),
+            preempted=int(s.preempted[m]),
+            kv_dropped=int(s.kv_dropped[m]),
+            load_bytes=int(s.load_bytes[m]),
+            stream_bytes=int(s.stream_bytes[m]),
+            kv_save_bytes=int(s.kv_save_bytes[m]),
+            kv_restore_bytes=int(s.kv_restore_bytes[m]),
+            prefill_tokens=int(s.prefill_tokens[m]),
+            decode_tokens=int(s.decode_tokens[m]),
+            compute_s=s.gpu_busy_ns[m] / 1e9,
+        )
+
+
+def open_fleet(
+    config: ServeConfig,
+    progress: Progress | None = None,
+    clock: Clock | None = None,
+    checkpoints: list[Checkpoint] | None = None,
+) -> Fleet:
+    """Open every checkpoint, check that the fleet can be served, and read the weights.
+
+    Args:
+        config: What to serve.
+        progress: Told (model, bytes read, bytes in all) while weights are read.
+        clock: Time of the engine; real unless given.
+        checkpoints: The models' checkpoints, where they are not read from their paths.
+
+    Raises:
+        InputError: Something in the configuration cannot be served; the remedy says why.
+    """
+    device = find_device(config.node.device)
+    opened = checkpoints or [Checkpoint.open(model.path, model.dtype) for model in config.models]
+    _check_host_memory(config, opened)
+    here = platform_here(device)
+    profiles = [
+        _profile(model, checkpoint, here)
+        for model, checkpoint in zip(config.models, opened, strict=True)
+    ]
+    policy = _policy(config.node.policy)
+    full_verbs = _full_verbs(config, policy)
+    budget = int(config.node.memory or usable_bytes(device))
+    if budget > usable_bytes(device):
+        raise InputError(
+            f"node.memory: {budget / 1e9:.1f} GB, but {usable_bytes(device) / 1e9:.1f} GB are "
+            f"usable on {device_name(device)}",
+            "lower it",
+        )
+
+    workspace = max(profile.workspace_bytes for profile in profiles)
+    memory = DeviceMemory(device, budget - workspace)
+    slots = StreamSlots(memory, max(c.layer_bytes for c in opened) if full_verbs else 0)
+    pools = [KVPool(memory, c.layers, c.kv_heads, c.head_dim, c.dtype) for c in opened]
+    reserve = workspace + slots.device_bytes + sum(pool.slack_bytes for pool in pools)
+    _check_budget(config, opened, budget, reserve, full_verbs)
+    served, costs, arenas, graphs = [], [], [], GraphPool()
+    for m, (model, checkpoint, profile) in enumerate(
+        zip(config.models, opened, profiles, strict=True)
+    ):
+        pool = pools[m]
+        arena = HostArena(host_bytes(checkpoint.pieces), page_locked=device.type == "cuda")
+        arenas.append(arena)
+        weights = _read(model.name, checkpoint, arena, memory, slots, progress)
+        context = min(checkpoint.max_context, model.max_context or checkpoint.max_context)
+        runner = ModelRunner(weights.module, pool, context, checkpoint.eos, graphs)
+        eos = frozenset(checkpoint.eos)
+        served.append(ServedModel(model.name, weights, pool, runner, eos))
+        costs.append(
+            ModelCosts(
+                profile,
+                checkpoint.layers,
+                weights.piece_bytes[0],
+                max(weights.piece_bytes[1:]),
+                pool.block_bytes,
+                (model.targets or config.node.targets).numbers,
+                model.batch,
+            )
+        )
+    numbers = NodeNumbers(
+        budget_bytes=budget,
+        reserve_bytes=reserve,
+        host_kv_limit_bytes=int(config.node.host_kv),
+        full_verbs=full_verbs,
+        dispatch=config.node.dispatch,
+    )
+
+    def decider(node: LiveNode) -> DeployAdapter:
+        tables, deadline_s = (
+            (node.decode_tables, node.prefill_tables),
+            config.node.decision_deadline,
+        )
+        return DeployAdapter(policy, get_rule("slack"), *tables, deadline_s=deadline_s)
+
+    _compile(LiveNode.of(costs, numbers), decider)
+    node = LiveNode.of(costs, numbers)
+    adapter = decider(node)
+    host_kv = HostKV(int(config.node.host_kv), page_locked=device.type == "cuda")
+    engine = Engine(served, node, adapter, host_kv, device, clock)
+    for m, model in enumerate(config.models):
+        if model.pin:
+            engine.set_pinned(m, True)
+        if model.preload and not engine.preload(m):
+            raise InputError(
+                f"models.{m}.preload: {model.name} does not fit beside those before it",
+                "raise node.memory or preload fewer models",
+            )
+    infos = tuple(
+        _info(model, checkpoint, profile, costs[m])
+        for m, (model, checkpoint, profile) in enumerate(
+            zip(config.models, opened, profiles, strict=True)
+        )
+    )
+    derived = [info.name for info in infos if info.profile == "derived"]
+    notes = []
+    if derived:
+        notes.append(
+            f"costs of {', '.join(derived)} are derived from their shapes, not measured: "
+            "decisions may be worse than they could be"
+        )
+    verbs = ", ".join(verb_names(full_verbs))
+    notes.append(
+        f"{device_name(device)}, {budget / 1e9:.1f} GB for "
+        f"{sum(info.weight_bytes for info in infos) / 1e9:.1f} GB of weights; "
+        f"policy {adapter.name} ({verbs})"
+    )
+    return Fleet(engine, infos, tuple(notes), device, time.time(), memory, tuple(arenas))
+
+
+def _read(
+    name: str,
+    checkpoint: Checkpoint,
+    arena: HostArena,
+    memory: DeviceMemory,
+    slots: StreamSlots,
+    progress: Progress | None,
+) -> ModelWeights:
+    """Read a model's weights into its arena of host memory and put its module over them."""
+    buffers = host_buffers(arena, checkpoint.pieces)
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(name, done, checkpoint.weight_bytes)
+
+    checkpoint.read_into(buffers, count)
+    module = checkpoint.build()
+    return ModelWeights(module, checkpoint.pieces, checkpoint.layers_path, buffers, memory, slots)
+
+
+def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> None:
+    """Use everything that is compiled once, on a node that serves nothing."""
+    adapter = decider(node)
+    node.submit(0, 0, 1, 1)
+    node.start_work()
+    node.advance(node.next_event_ns())
+    node.end_compute()
+    node.end_link_bound()
+    node.settle()
+    node.kv_changes()
+    node.begin_decision()
+    node.legal(0, 0)
+    node.act(adapter.decide(node.nodes, node.table).action)
+    adapter.reverted = True
+    adapter.decide(node.nodes, node.table)
+    node.preload(0)
+    node.cancel(0)
+    adapter.close()
+
+
+def _profile(model: ModelConfig, checkpoint: Checkpoint, here: Platform) -> Profile:
+    if model.profile is not None:
+        return load_profile(model.profile)
+    return derive_profile(model.name, checkpoint.architecture(), here)
+
+
+def _policy(name: str) -> ExportedPolicy | Rule:
+    """Return the policy of a name: a rule's, or the folder of a trained one."""
+    if name in rule_names():
+        return get_rule(name)
+    if not Path(name).exists():
+        raise InputError(
+            f"node.policy: '{name}' is neither a rule nor the folder of a trained policy",
+            f"rules: {', '.join(rule_names())}",
+        )
+    return load_policy(name)
+
+
+def _full_verbs(config: ServeConfig, policy: ExportedPolicy | Rule) -> bool:
+    if config.node.verbs is not None:
+        return config.node.verbs == "full"
+    return policy.full_verbs if isinstance(policy, ExportedPolicy) else True
+
+
+def _check_host_memory(config: ServeConfig, opened: list[Checkpoint]) -> None:
+    """Refuse a fleet whose weights do not fit in host memory beside the saved KV cache.
+
+    Raises:
+        InputError: They do not.
+    """
+    needed = {
+        model.name: host_bytes(checkpoint.pieces)
+        for model, checkpoint in zip(config.models, opened, strict=True)
+    }
+    available = host_available_bytes()
+    total = sum(needed.values()) + int(config.node.host_kv)
+    if total > available:
+        largest = max(needed, key=lambda name: needed[name])
+        raise InputError(
+            f"the fleet needs {total / 1e9:.1f} GB of host memory ({largest} alone "
+            f"{needed[largest] / 1e9:.1f} GB), but {available / 1e9:.1f} GB are available",
+            "leave models out, or lower node.host_kv",
+        )
+
+
+def _check_budget(
+    config: ServeConfig, opened: list[Checkpoint], budget: int, reserve: int, full_verbs: bool
+) -> None:
+    """Refuse a model that the budget can never serve.
+
+    Raises:
+        InputError: One needs more.
+    """
+    for model, checkpoint in zip(config.models, opened, strict=True):
+        weights = checkpoint.base_bytes if full_verbs else checkpoint.weight_bytes
+        tokens = min(LEAST_TOKENS, model.max_context or checkpoint.max_context)
+        kv = (tokens + 2 * BLOCK_TOKENS) * checkpoint.kv_bytes_per_token
+        if weights + kv + reserve > budget:
+            what = "base weights" if full_verbs else "weights"
+            raise InputError(
+                f"{model.name} can never run: {weights / 1e9:.2f} GB of {what}, "
+                f"{reserve / 1e9:.2f} GB reserved and {kv / 1e9:.2f} GB of KV cache are more than "
+                f"the budget of {budget / 1e9:.2f} GB",
+                f"set node.memory to at least {(weights + kv + reserve) / 1e9:.2f} GB"
+                + ("" if full_verbs else ', or node.verbs = "full" to stream its layers'),
+            )
+
+
+def _info(
+    model: ModelConfig, checkpoint: Checkpoint, profile: Profile, costs: ModelCosts
+) -> ModelInfo:
+    context = checkpoint.max_context
+    return ModelInfo(
+        name=model.name,
+        path=str(checkpoint.path),
+        max_context=min(context, model.max_context or context),
+        eos=checkpoint.eos,
+        ttft_s=(costs.targets.batch_ttft_ns if costs.batch else costs.targets.ttft_ns) / 1e9,
+        tpot_s=0.0 if costs.batch else costs.targets.tpot_ns / 1e9,
+        weight_bytes=checkpoint.weight_bytes,
+        profile=profile.kind,
+    )

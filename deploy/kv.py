@@ -1,0 +1,460 @@
+"""The KV cache of a model in blocks of 16 tokens, on the device (`KVPool`) and saved (`HostKV`).
+
+A pool is one long array of blocks over reserved addresses, ``[block, layer, 2, kv_head, token,
+head_dim]``: the keys and values of 16 tokens in all layers lie together, so that a sequence goes to
+the host and back in few large copies. Memory is put behind *units* of some megabytes when a block
+of them is taken, and given back when none is; since the lowest free block is always taken first,
+little lies idle between. What does can be closed up (`KVPool.compact`).
+
+Pools and tables are changed by one thread. A table that was handed out never changes: a change
+makes a new one, so that an iteration in flight keeps what it was given.
+"""
+
+import heapq
+import threading
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mmrl.deploy.memory import (
+    DeviceMemory,
+    HostArena,
+    OutOfDeviceMemory,
+    copy_async,
+    wait_for_stream,
+)
+from mmrl.errors import MmrlError
+
+BLOCK_TOKENS = 16
+Table = npt.NDArray[np.int32]
+
+_CUDA_UNIT_GRANULES = 4  # mapping memory costs by the call: 8 MiB at once
+_LARGE_COPY_BYTES = 1 << 20  # from here on, starting copies costs less than they take
+_STAGING_BYTES = 32 << 20
+
+
+class HostFull(MmrlError):
+    """The host memory for saved KV is used up."""
+
+
+class KVPool:
+    """Blocks of one model's KV cache on the device.
+
+    Args:
+        memory: The device's memory; what is committed counts against its budget.
+        layers: Decoder layers.
+        kv_heads: Heads of keys and values.
+        head_dim: Their size.
+        dtype: Of keys and values.
+        capacity: Most blocks; by default as many as the budget holds.
+
+    Attributes:
+        data: The pool, ``[capacity, layers, 2, kv_heads, 16, head_dim]``; only blocks that are in
+            a table have memory behind them, and their content is undefined until it is written.
+        block_bytes: Size of a block.
+        capacity: Most blocks.
+        blocks: Blocks in tables.
+        committed_bytes: Device memory behind the pool.
+        slack_bytes: By how much committed_bytes is at most above the blocks' own bytes after
+            `compact`, if every sequence may be moved.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        capacity: int | None = None,
+    ) -> None:
+        shape = (layers, 2, kv_heads, BLOCK_TOKENS, head_dim)
+        self.device = memory.device
+        self.block_bytes = int(np.prod(shape)) * dtype.itemsize
+        self.capacity = memory.budget_bytes // self.block_bytes if capacity is None else capacity
+        if self.capacity < 1:
+            raise MmrlError(
+                f"the device budget of {memory.budget_bytes:,} bytes does not hold one KV block of "
+                f"{self.block_bytes:,}",
+                "raise the budget",
+            )
+        self._range = memory.reserve(self.capacity * self.block_bytes)
+        self._unit = self._range.granule
+        if self.device.type == "cuda":
+            self._unit *= _CUDA_UNIT_GRANULES
+        self._bytes = self._range.tensor[: self.capacity * self.block_bytes]
+        self.data = self._bytes.view(dtype).view(self.capacity, *shape)
+        units = -(-self._range.nbytes // self._unit)
+        self._users = np.zeros(units, np.int64)  # blocks that lie, in part, in each unit
+        self._committed = np.zeros(units, np.bool_)
+        self._tables: dict[int, Table] = {}
+        self._free: list[int] = []  # heap of free blocks below _top
+        self._top = 0
+        self.blocks = 0
+        self.slack_bytes = 2 * self._unit
+
+    @property
+    def committed_bytes(self) -> int:
+        """Return the device memory behind the pool."""
+        return self._range.committed_bytes
+
+    def table(self, key: int) -> Table:
+        """Return the blocks of a sequence in order, read-only; none for an unknown key."""
+        return self._tables.get(key, _NO_BLOCKS)
+
+    def resize(self, key: int, blocks: int) -> None:
+        """Give a sequence so many blocks; the first ones stay.
+
+        Args:
+            key: Of the sequence; new keys are welcome.
+            blocks: 0 forgets it.
+
+        Raises:
+            OutOfDeviceMemory: No memory for them; nothing has changed then.
+            MmrlError: The pool has no more blocks.
+        """
+        table = self.table(key)
+        if blocks < len(table):
+            self._release(table[blocks:])
+            table = table[:blocks]
+        elif blocks > len(table):
+            table = np.append(table, self._take(blocks - len(table)))
+        self._set_table(key, table)
+
+    def free(self, key: int) -> None:
+        """Forget a sequence, known or not."""
+        self.resize(key, 0)
+
+    def compact(self, movable: Container[int]) -> int:
+        """Move blocks from the end into holes and give back the memory that becomes idle.
+
+        Does nothing while idle memory is within `slack_bytes`. The copies run on the current
+        stream and have ended on return.
+
+        Args:
+            movable: Keys of the sequences that no iteration or transfer uses now.
+
+        Returns:
+            Number of blocks moved.
+        """
+        moved = 0
+        while self.committed_bytes > self.blocks * self.block_bytes + self.slack_bytes:
+            places = sorted(
+                (
+                    (int(block), key, place)
+                    for key, table in self._tables.items()
+                    if key in movable
+                    for place, block in enumerate(table)
+                ),
+                reverse=True,
+            )
+            holes = sorted(self._free)
+            ready = [block for block in holes if self._committed[self._units(block)].all()]
+            pairs = [
+                (place, hole) for place, hole in zip(places, ready, strict=False) if hole < place[0]
+            ]
+            if not pairs:
+                if not (places and holes and holes[0] < places[0][0]):
+                    break
+                try:
+                    self._commit(self._units(holes[0]))
+                except OutOfDeviceMemory:
+                    break
+                continue
+            self._move(pairs)
+            moved += len(pairs)
+        self._trim()
+        return moved
+
+    def close(self) -> None:
+        """Give all memory and the addresses back."""
+        self._tables.clear()
+        del self.data, self._bytes
+        self._range.close()
+
+    def block_run(self, start: int, count: int) -> torch.Tensor:
+        """Return adjacent blocks as bytes, uint8 ``[count * block_bytes]``."""
+        return self._bytes[start * self.block_bytes : (start + count) * self.block_bytes]
+
+    def words(self) -> torch.Tensor:
+        """Return the pool as int64 ``[capacity, block_bytes / 8]``, to gather and scatter."""
+        return self._bytes.view(torch.int64).view(self.capacity, -1)
+
+    def _units(self, block: int) -> slice:
+        first = block * self.block_bytes // self._unit
+        last = ((block + 1) * self.block_bytes - 1) // self._unit
+        return slice(first, last + 1)
+
+    def _set_table(self, key: int, table: Table) -> None:
+        if len(table):
+            table.flags.writeable = False
+            self._tables[key] = table
+        else:
+            self._tables.pop(key, None)
+
+    def _take(self, count: int) -> Table:
+        missing = count - len(self._free)
+        if self._top + missing > self.capacity:
+            raise MmrlError(f"the KV pool has no more than {self.capacity:,} blocks")
+        taken = [heapq.heappop(self._free) for _ in range(min(count, len(self._free)))]
+        taken += range(self._top, self._top + max(0, missing))
+        done = 0
+        try:
+            for block in taken:
+                self._commit(self._units(block))
+                self._users[self._units(block)] += 1
+                done += 1
+        except BaseException:
+            for block in taken[:done]:
+                self._users[self._units(block)] -= 1
+            for block in taken:
+                if block < self._top:
+                    heapq.heappush(self._free, block)
+            self._trim()
+            raise
+        self._top = max(self._top, taken[-1] + 1)
+        self.blocks += count
+        return np.array(taken, np.int32)
+
+    def _release(self, blocks: Table) -> None:
+        for block in blocks.tolist():
+            self._users[self._units(block)] -= 1
+            heapq.heappush(self._free, block)
+        self.blocks -= len(blocks)
+        self._trim()
+
+    def _move(self, pairs: list[tuple[tuple[int, int, int], int]]) -> None:
+        changed: dict[int, Table] = {}
+        for (block, key, place), hole in pairs:
+            copy_async(self.block_run(hole, 1), self.block_run(block, 1))
+            if key not in changed:
+                changed[key] = self._tables[key].copy()
+            changed[key][place] = hole
+        wait_for_stream(self.device)
+        for (block, _, _), hole in pairs:
+            self._users[self._units(block)] -= 1
+            self._users[self._units(hole)] += 1
+        for key, table in changed.items():
+            self._set_table(key, table)
+        taken = {hole for _, hole in pairs}
+        self._free = [block for block in self._free if block not in taken]
+        self._free += [block for (block, _, _), _ in pairs]
+        heapq.heapify(self._free)
+        self._trim()
+
+    def _commit(self, units: slice) -> None:
+        for unit in range(units.start, units.stop):
+            if not self._committed[unit]:
+                self._range.commit(*self._unit_bytes(unit), whole=True)
+                self._committed[unit] = True
+
+    def _trim(self) -> None:
+        """Give back units that no block lies in."""
+        for unit in np.flatnonzero(self._committed & (self._users == 0)).tolist():
+            self._range.decommit(*self._unit_bytes(unit))
+            self._committed[unit] = False
+        if not self.blocks:
+            self._free, self._top = [], 0
+
+    def _unit_bytes(self, unit: int) -> tuple[int, int]:
+        return unit * self._unit, min((unit + 1) * self._unit, self._range.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    blocks: int
+    extents: tuple[tuple[int, int], ...]  # (start, stop) in the arena, in order
+
+
+class HostKV:
+    """KV of preempted sequences in host memory.
+
+    A sequence lies in one extent of the arena if there is one, else in several: as long as the
+    bytes are free at all, they can be used. Safe to use from several threads, a key from one at a
+    time.
+
+    Args:
+        limit_bytes: Size of the arena; 0 for none.
+        page_locked: For copies from and to a GPU.
+
+    Attributes:
+        limit_bytes: As given.
+        used_bytes: Bytes of saved sequences.
+    """
+
+    def __init__(self, limit_bytes: int, page_locked: bool) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+        self._arena = HostArena(limit_bytes, page_locked) if limit_bytes else None
+        self._gaps = [(0, limit_bytes)] if limit_bytes else []  # in order, never adjacent
+        self._saved: dict[int, _Saved] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._saved
+
+    def save(self, pool: KVPool, key: int) -> None:
+        """Copy the blocks of a sequence to the host, on the current stream; returns when done.
+
+        Raises:
+            HostFull: There is no room; nothing has changed then.
+            ValueError: The key is saved already.
+        """
+        if key in self._saved:
+            raise ValueError(f"sequence {key} is saved already")
+        table = pool.table(key)
+        saved = _Saved(len(table), self._take(len(table) * pool.block_bytes))
+        try:
+            self._copy(pool, table, saved, to_host=True)
+        except BaseException:
+            self._give(saved)
+            raise
+        self._saved[key] = saved
+
+    def restore(self, pool: KVPool, key: int) -> None:
+        """Copy a saved sequence into its first blocks in the pool, as many as were saved.
+
+        On the current stream; returns when done. The host copy stays until it is freed.
+        """
+        saved = self._saved[key]
+        self._copy(pool, pool.table(key)[: saved.blocks], saved, to_host=False)
+
+    def free(self, key: int) -> None:
+        """Forget a saved sequence; unknown keys are ignored."""
+        saved = self._saved.pop(key, None)
+        if saved is not None:
+            self._give(saved)
+
+    def close(self) -> None:
+        """Give the arena back."""
+        if self._arena is not None:
+            self._arena.close()
+
+    def _take(self, nbytes: int) -> tuple[tuple[int, int], ...]:
+        with self._lock:
+            if self.used_bytes + nbytes > self.limit_bytes:
+                raise HostFull(
+                    f"{nbytes:,} bytes of KV to save, "
+                    f"{self.limit_bytes - self.used_bytes:,} of {self.limit_bytes:,} free",
+                    "raise the limit of host memory for saved KV",
+                )
+            whole = [gap for gap in self._gaps if gap[1] - gap[0] >= nbytes]
+            # The tightest gap that holds all of it; or else as few gaps as possible.
+            if whole:
+                order = [min(whole, key=lambda gap: gap[1] - gap[0])]
+            else:
+                order = sorted(self._gaps, key=lambda gap: gap[0] - gap[1])
+            extents = []
+            left = nbytes
+            for start, stop in order:
+                if not left:
+                    break
+                taken = min(left, stop - start)
+                extents.append((start, start + taken))
+                left -= taken
+                self._gaps.remove((start, stop))
+                if start + taken < stop:
+                    self._gaps.append((start + taken, stop))
+            self._gaps.sort()
+            self.used_bytes += nbytes
+            return tuple(extents)
+
+    def _give(self, saved: _Saved) -> None:
+        with self._lock:
+            merged: list[tuple[int, int]] = []
+            for start, stop in sorted([*self._gaps, *saved.extents]):
+                if merged and merged[-1][1] == start:
+                    merged[-1] = (merged[-1][0], stop)
+                else:
+                    merged.append((start, stop))
+            self._gaps = merged
+            self.used_bytes -= sum(stop - start for start, stop in saved.extents)
+
+    def _copy(self, pool: KVPool, table: Table, saved: _Saved, *, to_host: bool) -> None:
+        if len(table) != saved.blocks:
+            raise ValueError(f"{saved.blocks} blocks are saved, the table has {len(table)}")
+        if not saved.blocks:
+            return
+        assert self._arena is not None
+        host = [self._arena.tensor[start:stop] for start, stop in saved.extents]
+        runs = list(_runs(table))
+        small = saved.blocks * pool.block_bytes < len(runs) * _LARGE_COPY_BYTES
+        if pool.device.type == "cuda" and small:
+            _copy_staged(pool, table, host, to_host=to_host)
+        else:
+            for there, here in _paired([pool.block_run(*run) for run in runs], host):
+                copy_async(here, there) if to_host else copy_async(there, here)
+        wait_for_stream(pool.device)
+
+
+_NO_BLOCKS = np.empty(0, np.int32)
+_NO_BLOCKS.flags.writeable = False
+
+
+def _runs(table: Table) -> Iterator[tuple[int, int]]:
+    """Yield (first block, count) of the adjacent blocks of a table, in order."""
+    cuts = np.flatnonzero(np.diff(table) != 1) + 1
+    for start, stop in pairwise([0, *cuts.tolist(), len(table)]):
+        yield int(table[start]), stop - start
+
+
+def _paired(
+    left: list[torch.Tensor], right: list[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut two lists of bytes, as long in all, into pairs of equal length, in order."""
+    left, right = left[::-1], right[::-1]
+    while left and right:
+        one, other = left.pop(), right.pop()
+        length = min(len(one), len(other))
+        yield one[:length], other[:length]
+        if length < len(one):
+            left.append(one[length:])
+        if length < len(other):
+            right.append(other[length:])
+
+
+def _copy_staged(pool: KVPool, table: Table, host: list[torch.Tensor], *, to_host: bool) -> None:
+    """Copy scattered small blocks through contiguous device memory, so that copies are large."""
+    words = pool.words()
+    order = torch.from_numpy(table.astype(np.int64)).to(pool.device)
+    step = max(1, _STAGING_BYTES // pool.block_bytes)
+    staging = torch.empty(
+        (min(step, len(table)), words.shape[1]), dtype=torch.int64, device=pool.device
+    )
+    left = host
+    for begin in range(0, len(table), step):
+        part = order[begin : begin + step]
+        rows = staging[: len(part)]
+        size = len(part) * pool.block_bytes
+        if to_host:
+            torch.index_select(words, 0, part, out=rows)
+        for there, here in _paired([rows.view(-1).view(torch.uint8)], _first(left, size)):
+            copy_async(here, there) if to_host else copy_async(there, here)
+        if not to_host:
+            words.index_copy_(0, part, rows)
+        left = _without_first(left, size)
+
+
+def _first(pieces: list[torch.Tensor], nbytes: int) -> list[torch.Tensor]:
+    """Return the first bytes of a list of pieces."""
+    taken = []
+    for piece in pieces:
+        if nbytes <= 0:
+            break
+        taken.append(piece[:nbytes])
+        nbytes -= len(piece)
+    return taken
+
+
+def _without_first(pieces: list[torch.Tensor], nbytes: int) -> list[torch.Tensor]:
+    """Return what follows the first bytes of a list of pieces."""
+    left = []
+    for piece in pieces:
+        if nbytes < len(piece):
+            left.append(piece[max(nbytes, 0) :])
+        nbytes -= len(piece)
+    return left

@@ -1,0 +1,551 @@
+"""Memory of the device and of the host, taken and given back in pieces at addresses that stay.
+
+Device memory is address space first and memory second. A `VirtualRange` reserves addresses once;
+pages are put behind parts of it (`VirtualRange.commit`) and taken away again
+(`VirtualRange.decommit`) while every tensor and every captured CUDA graph that names the addresses
+stays valid. Nothing fragments, and a page given back by one model can be taken by any other. On
+CUDA this is the driver's virtual memory management; on a machine without a GPU the same interface
+stands on an anonymous mapping, whose pages the kernel takes back on request. `DeviceMemory` counts
+what is committed against the budget of the node.
+
+The host copy of the weights and the saved KV lie in a `HostArena`: a mapping of exactly the size
+asked for, page-locked where a GPU copies from it. (torch's own page-locked allocator rounds each
+allocation up to a power of two, and keeps what is freed.)
+"""
+
+import errno
+import importlib
+import mmap
+import os
+import threading
+from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrl.errors import MmrlError
+
+CPU_GRANULE = 64 << 10  # bytes; a multiple of the page size
+MAP_NORESERVE = 0x4000  # Linux; Python names it only from 3.13 on
+PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+class OutOfDeviceMemory(MmrlError):
+    """The device has no memory left for what was asked."""
+
+
+class BudgetExceeded(OutOfDeviceMemory):
+    """What was asked goes beyond the budget, whatever the device may still have."""
+
+
+class DeviceMemory:
+    """The memory of one device that the node may use, and what of it is committed.
+
+    Safe to use from several threads.
+
+    Args:
+        device: A CUDA device, or the CPU, whose memory then plays the device's.
+        budget_bytes: Most bytes that may be committed at once.
+
+    Attributes:
+        device: As given, with its index.
+        budget_bytes: As given.
+        granule: Bytes; every range is committed in multiples of it.
+        committed_bytes: Committed now, over all ranges.
+        peak_bytes: Most that were ever committed.
+
+    Raises:
+        MmrlError: The CUDA driver cannot be used.
+    """
+
+    def __init__(self, device: torch.device, budget_bytes: int) -> None:
+        self._driver: _Driver | None = None
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            device = torch.device("cuda", index)
+            self._driver = _Driver(index)
+        self.device = device
+        self.budget_bytes = budget_bytes
+        self.granule = CPU_GRANULE if self._driver is None else self._driver.granule
+        self.committed_bytes = 0
+        self.peak_bytes = 0
+        self._lock = threading.RLock()
+
+    @property
+    def free_bytes(self) -> int:
+        """Return what of the budget is not committed."""
+        return self.budget_bytes - self.committed_bytes
+
+    def round_up(self, nbytes: int) -> int:
+        """Return the bytes that a part of nbytes takes: the next multiple of the granule."""
+        return -(-nbytes // self.granule) * self.granule
+
+    def reserve(self, nbytes: int) -> "VirtualRange":
+        """Reserve addresses without memory behind them; they cost nothing of the budget.
+
+        Args:
+            nbytes: At least 1; rounded up to whole granules.
+
+        Raises:
+            MmrlError: There are not so many addresses.
+        """
+        if nbytes < 1:
+            raise ValueError(f"cannot reserve {nbytes} bytes")
+        if self._driver is None:
+            return _CpuRange(self, self.round_up(nbytes))
+        return _CudaRange(self, self.round_up(nbytes), self._driver)
+
+    def _take(self, nbytes: int) -> None:
+        if self.committed_bytes + nbytes > self.budget_bytes:
+            raise BudgetExceeded(
+                f"{_gb(nbytes)} of device memory asked for, {_gb(self.free_bytes)} of the budget "
+                f"of {_gb(self.budget_bytes)} free",
+                "raise the memory budget, or serve fewer or smaller models",
+            )
+        self.committed_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.committed_bytes)
+
+    def _give(self, nbytes: int) -> None:
+        self.committed_bytes -= nbytes
+
+
+class VirtualRange(ABC):
+    """Addresses on the device, with memory behind the parts that are committed.
+
+    Reading or writing outside of committed parts is an error that nothing catches: a fault on
+    CUDA, zeros and untracked memory on the CPU. What is committed anew has no defined content.
+
+    Attributes:
+        tensor: uint8 [nbytes], the whole range; its address stays for life.
+        nbytes: Size, a multiple of granule.
+        granule: Bytes.
+        committed_bytes: Committed now in this range.
+    """
+
+    tensor: torch.Tensor
+
+    def __init__(self, memory: DeviceMemory, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.granule = memory.granule
+        self.committed_bytes = 0
+        self._memory = memory
+        self._taken = bytearray(nbytes // self.granule)  # 1 for each committed granule
+        self._parts: dict[int, int] = {}  # start -> stop of each part that is mapped as one
+
+    def commit(self, start: int, stop: int, *, whole: bool = False) -> None:
+        """Put memory behind the bytes from start to stop; all of it or, on an error, nothing.
+
+        Args:
+            start: A multiple of the granule.
+            stop: A multiple of the granule.
+            whole: Map it as one part: quick, but it can only be decommitted as a whole. Otherwise
+                each granule can be decommitted by itself.
+
+        Raises:
+            BudgetExceeded: It goes beyond the budget.
+            OutOfDeviceMemory: The device itself has no such memory left.
+            ValueError: The bounds are not aligned or outside, or a part is committed already.
+        """
+        with self._memory._lock:
+            self._check(start, stop)
+            if any(self._taken[start // self.granule : stop // self.granule]):
+                raise ValueError(f"a part of {start}..{stop} is committed already")
+            if start == stop:
+                return
+            self._memory._take(stop - start)
+            cuts = [start, stop] if whole else range(start, stop + 1, self.granule)
+            parts = list(pairwise(cuts))
+            mapped = 0
+            try:
+                for part in parts:
+                    self._map(*part)
+                    mapped += 1
+                self._open(start, stop)
+            except BaseException:
+                for part in parts[:mapped]:
+                    self._unmap(*part)
+                self._memory._give(stop - start)
+                raise
+            self._parts.update(parts)
+            self._mark(start, stop, taken=True)
+
+    def decommit(self, start: int, stop: int) -> None:
+        """Give the memory behind the bytes from start to stop back. Nothing may use it any more.
+
+        Args:
+            start: Where a committed part begins.
+            stop: Where a committed part ends; everything between is committed.
+
+        Raises:
+            ValueError: The bounds are not such, nothing has changed then.
+        """
+        with self._memory._lock:
+            self._check(start, stop)
+            parts = []
+            at = start
+            while at < stop:
+                end = self._parts.get(at)
+                if end is None or end > stop:
+                    raise ValueError(f"{start}..{stop} is not made of whole committed parts")
+                parts.append((at, end))
+                at = end
+            for part in parts:
+                self._unmap(*part)
+                del self._parts[part[0]]
+                self._mark(*part, taken=False)
+                self._memory._give(part[1] - part[0])
+
+    def close(self) -> None:
+        """Give everything back, the addresses too. No tensor over them may be used any more."""
+        with self._memory._lock:
+            for start, stop in list(self._parts.items()):
+                self.decommit(start, stop)
+            if self.nbytes:
+                self._free()
+                self.nbytes = 0
+                self.tensor = torch.empty(0, dtype=torch.uint8, device=self._memory.device)
+
+    def _check(self, start: int, stop: int) -> None:
+        aligned = start % self.granule == 0 == stop % self.granule
+        if not (aligned and 0 <= start <= stop <= self.nbytes):
+            raise ValueError(
+                f"{start}..{stop} is not within 0..{self.nbytes} in multiples of {self.granule}"
+            )
+
+    def _mark(self, start: int, stop: int, *, taken: bool) -> None:
+        granules = (stop - start) // self.granule
+        first = start // self.granule
+        self._taken[first : first + granules] = bytes([taken]) * granules
+        self.committed_bytes += stop - start if taken else start - stop
+
+    @abstractmethod
+    def _map(self, start: int, stop: int) -> None:
+        """Put memory behind a part."""
+
+    @abstractmethod
+    def _open(self, start: int, stop: int) -> None:
+        """Make mapped parts that follow each other accessible."""
+
+    @abstractmethod
+    def _unmap(self, start: int, stop: int) -> None:
+        """Give the memory of a part back."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Give the addresses back."""
+
+
+class _CpuRange(VirtualRange):
+    """An anonymous mapping: the kernel puts pages behind what is touched."""
+
+    def __init__(self, memory: DeviceMemory, nbytes: int) -> None:
+        self._mapping = _anonymous(nbytes, MAP_NORESERVE)
+        super().__init__(memory, nbytes)
+        self.tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
+
+    def _map(self, start: int, stop: int) -> None:
+        pass
+
+    def _open(self, start: int, stop: int) -> None:
+        pass
+
+    def _unmap(self, start: int, stop: int) -> None:
+        self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def _free(self) -> None:
+        del self._mapping  # unmapped with the last tensor over it
+
+
+class _CudaRange(VirtualRange):
+    """Addresses reserved with the driver, and an allocation of its own behind each part."""
+
+    def __init__(self, memory: DeviceMemory, nbytes: int, driver: "_Driver") -> None:
+        super().__init__(memory, nbytes)
+        self._driver = driver
+        self._handles: dict[int, Any] = {}
+        self._address = driver.reserve(nbytes)
+        try:
+            # torch asks the driver which device the first address belongs to, and it knows that
+            # of mapped memory only. It never asks again.
+            self._map(0, self.granule)
+            try:
+                self._open(0, self.granule)
+                interface = _CudaArray(self._address, nbytes)
+                self.tensor = torch.as_tensor(interface, device=memory.device)
+            finally:
+                self._unmap(0, self.granule)
+        except BaseException:
+            driver.free(self._address, nbytes)
+            raise
+
+    def _map(self, start: int, stop: int) -> None:
+        memory = self._memory
+        try:
+            try:
+                self._handles[start] = self._driver.map(self._address + start, stop - start)
+            except _DriverOutOfMemory:
+                torch.cuda.empty_cache()  # what torch keeps for later may be what is missing
+                self._handles[start] = self._driver.map(self._address + start, stop - start)
+        except _DriverOutOfMemory as error:
+            raise OutOfDeviceMemory(
+                f"{memory.device} is out of memory: {_gb(stop - start)} asked for while "
+                f"{_gb(memory.committed_bytes)} of the budget of {_gb(memory.budget_bytes)} were "
+                "counted",
+                "lower the memory budget, or stop what else uses the device",
+            ) from error
+
+    def _open(self, start: int, stop: int) -> None:
+        self._driver.open(self._address + start, stop - start)
+
+    def _unmap(self, start: int, stop: int) -> None:
+        self._driver.unmap(self._address + start, stop - start, self._handles.pop(start))
+
+    def _free(self) -> None:
+        self._driver.free(self._address, self.nbytes)
+
+
+class _CudaArray:
+    """A plain address as an array of bytes that torch understands."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+class _DriverOutOfMemory(MmrlError):
+    """The driver said CUDA_ERROR_OUT_OF_MEMORY."""
+
+
+class _Driver:
+    """The calls of the CUDA driver for virtual memory, each with its result checked.
+
+    Args:
+        index: Of the device.
+    """
+
+    def __init__(self, index: int) -> None:
+        try:
+            self._api: Any = importlib.import_module("cuda.bindings.driver")
+        except ImportError as error:
+            raise MmrlError(
+                "the Python bindings of the CUDA driver are missing", "pip install cuda-bindings"
+            ) from error
+        api = self._api
+        with torch.cuda.device(index):
+            torch.cuda.synchronize()  # makes torch's context, and makes it current here
+            self._context = self._result(api.cuCtxGetCurrent())
+        self._kind = api.CUmemAllocationProp()
+        self._kind.type = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._kind.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._kind.location.id = index
+        self._access = api.CUmemAccessDesc()
+        self._access.location = self._kind.location
+        self._access.flags = api.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        minimum = api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        self.granule = int(self._result(api.cuMemGetAllocationGranularity(self._kind, minimum)))
+
+    def reserve(self, nbytes: int) -> int:
+        return int(self._call("cuMemAddressReserve", nbytes, 0, 0, 0))
+
+    def free(self, address: int, nbytes: int) -> None:
+        self._call("cuMemAddressFree", address, nbytes)
+
+    def map(self, address: int, nbytes: int) -> Any:
+        handle = self._call("cuMemCreate", nbytes, self._kind, 0)
+        try:
+            self._call("cuMemMap", address, nbytes, 0, handle, 0)
+        except BaseException:
+            self._call("cuMemRelease", handle)
+            raise
+        return handle
+
+    def open(self, address: int, nbytes: int) -> None:
+        self._call("cuMemSetAccess", address, nbytes, [self._access], 1)
+
+    def unmap(self, address: int, nbytes: int, handle: Any) -> None:
+        self._call("cuMemUnmap", address, nbytes)
+        self._call("cuMemRelease", handle)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        # A thread that has not used CUDA yet has no context.
+        self._result(self._api.cuCtxSetCurrent(self._context), "cuCtxSetCurrent")
+        return self._result(getattr(self._api, name)(*arguments), name)
+
+    def _result(self, answer: tuple[Any, ...], name: str = "the CUDA driver") -> Any:
+        code, *values = answer
+        if code == self._api.CUresult.CUDA_SUCCESS:
+            return values[0] if values else None
+        kind: type[MmrlError] = MmrlError
+        if code == self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            kind = _DriverOutOfMemory
+        raise kind(
+            f"{name} failed: {code.name}", "restart the server; is the GPU sound (nvidia-smi)?"
+        )
+
+
+class HostArena:
+    """Host memory of exactly the size asked for, page-locked if a GPU shall copy from or to it.
+
+    Args:
+        nbytes: Size, at least 1.
+        page_locked: Register it with CUDA; all of it is then taken from the machine at once.
+
+    Attributes:
+        tensor: uint8 [nbytes], zeros at first.
+
+    Raises:
+        MmrlError: The machine does not give so much.
+    """
+
+    def __init__(self, nbytes: int, page_locked: bool) -> None:
+        if nbytes < 1:
+            raise ValueError(f"cannot make an arena of {nbytes} bytes")
+        self._mapping = _anonymous(nbytes, 0)
+        try:
+            # Fewer faults while it is filled, fewer pages to lock.
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel without huge pages
+                raise
+        self.tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self._registered = False
+        if page_locked:
+            self._touch()
+            result = _cudart().cudaHostRegister(self.tensor.data_ptr(), nbytes, 0)
+            if int(result) != 0:
+                raise MmrlError(
+                    f"cannot page-lock {_gb(nbytes)} of host memory: {result}",
+                    "serve fewer models, or raise the limits on locked memory (ulimit -l) and on "
+                    "the memory of the container",
+                )
+            self._registered = True
+
+    def close(self) -> None:
+        """Give the memory back; no tensor over it and no copy may use it any more."""
+        if self._registered:
+            result = _cudart().cudaHostUnregister(self.tensor.data_ptr())
+            self._registered = False
+            if int(result) != 0:
+                raise MmrlError(f"cannot release page-locked memory: {result}")
+        if self.tensor.numel():
+            self._mapping.madvise(mmap.MADV_DONTNEED)  # at once, even if a tensor is left over it
+            self.tensor = torch.empty(0, dtype=torch.uint8)
+            del self._mapping
+
+    def _touch(self) -> None:
+        """Have every page made by several threads; locking alone makes them one by one."""
+        share = 256 << 20
+        nbytes = self.tensor.numel()
+
+        def touch(start: int) -> None:
+            self.tensor[start : min(start + share, nbytes) : mmap.PAGESIZE].zero_()
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            list(pool.map(touch, range(0, nbytes, share)))
+
+
+def copy_async(dst: torch.Tensor, src: torch.Tensor) -> None:
+    """Start a copy of bytes on the current stream; between CPU tensors it is done on return.
+
+    To or from page-locked memory the call returns at once. (torch hands a non-blocking copy
+    between contiguous tensors to cudaMemcpyAsync, and the driver itself knows which memory is
+    locked, whoever locked it.)
+
+    Args:
+        dst: uint8 [n], contiguous.
+        src: uint8 [n], contiguous, on the same or another device. It must stay unchanged, and
+            dst unread, until the stream has passed the copy.
+
+    Raises:
+        ValueError: The tensors are not such.
+    """
+    plain = dst.dtype == src.dtype == torch.uint8 and dst.shape == src.shape
+    if not (plain and dst.is_contiguous() and src.is_contiguous()):
+        raise ValueError("only contiguous bytes of equal length are copied")
+    dst.copy_(src, non_blocking=True)
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """Return when everything on this thread's current stream of the device has been done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def host_available_bytes() -> int:
+    """Return how many bytes of host memory can still be taken without swapping.
+
+    This is what the kernel estimates, and no more than the control groups of this process
+    (version 1 and 2: what limits a container) leave. File cache counts as available.
+    """
+    for line in (PROC / "meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) << 10
+            break
+    else:
+        raise MmrlError(f"{PROC}/meminfo does not say how much memory is available")
+    for folder, limit, usage, cache in _memory_groups():
+        try:
+            limit_bytes = int((folder / limit).read_text())
+            used = int((folder / usage).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # not there, or "max": no limit
+            continue
+        available = min(available, max(0, limit_bytes - used + int(stat.get(cache, 0))))
+    return available
+
+
+def _memory_groups() -> list[tuple[Path, str, str, str]]:
+    """List the control groups that bound this process's memory.
+
+    Returns:
+        Folder, and the names of its limit, of its usage and of its reclaimable cache, for the
+        group of this process and all above it.
+    """
+    groups = []
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mounts = [CGROUPS, CGROUPS / "unified"]
+            names = ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mounts = [CGROUPS / "memory"]
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        for mount in mounts:
+            # In a container the path may be the host's, while the mount begins at its own group.
+            own = mount / path.lstrip("/")
+            above = [folder for folder in own.parents if folder.is_relative_to(mount)]
+            groups += [(folder, *names) for folder in (own, *above)]
+    return groups
+
+
+def _anonymous(nbytes: int, flags: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags)
+    except OSError as error:
+        raise MmrlError(
+            f"the machine does not give {_gb(nbytes)} of memory: {os.strerror(error.errno or 0)}",
+            "serve fewer or smaller models, or raise the limit on memory (ulimit -v)",
+        ) from error
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3f} GB"

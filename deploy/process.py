@@ -1,0 +1,375 @@
+"""The engine as a process of its own: `serve_engine` runs in it, `EngineClient` talks to it.
+
+Launching kernels never waits for HTTP then, and an engine that dies takes no server with it: the
+client answers what was in flight with an error, starts another, and goes on. Messages are tuples
+whose first item says what they are; one pipe carries them both ways.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from mmrl.deploy.config import ServeConfig
+from mmrl.deploy.protocol import (
+    Draining,
+    EngineDown,
+    Finish,
+    Generate,
+    ModelInfo,
+    NodeState,
+    Quarantined,
+    QueueFull,
+    Tokens,
+    Unavailable,
+)
+from mmrl.errors import InputError, MmrlError, unknown
+
+PICTURE_S = 0.25  # time between two pictures of the node
+RESTART_S = 1.0  # before an engine that died is started again; doubled each time
+LONGEST_RESTART_S = 30.0
+COMMANDS = ("pin", "unpin", "preload", "release", "revert", "restore")
+REFUSALS: dict[str, type[Unavailable]] = {"queue_full": QueueFull, "quarantined": Quarantined}
+Progress = Callable[[str, int, int], None]  # model, bytes read, bytes in all
+
+log = logging.getLogger("mmrl.engine")
+
+
+# --- in the engine's process ---------------------------------------------------------------
+
+
+def serve_engine(pipe: Connection, config: ServeConfig) -> None:
+    """Load the fleet and serve until told to stop: the main function of the engine's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front says when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        from mmrl.deploy.fleet import open_fleet
+
+        def progress(name: str, done: int, total: int) -> None:
+            pipe.send(("loading", name, done, total))
+
+        fleet = open_fleet(config, progress)
+    except MmrlError as error:
+        pipe.send(("failed", type(error) is InputError, error.message, error.remedy))
+        return
+    engine = fleet.engine
+    engine.emit = lambda items: pipe.send(("tokens", items))
+    engine.refuse = lambda number, kind, words: pipe.send(("refused", number, kind, words))
+    engine.accept = lambda number: pipe.send(("accepted", number))
+    running = True
+
+    def answer(number: int, name: str, model: str | None) -> None:
+        try:
+            pipe.send(("answer", number, _command(engine, name, model), None))
+        except InputError as error:
+            pipe.send(("answer", number, {}, (error.message, error.remedy)))
+
+    def stop() -> None:
+        nonlocal running
+        running = False
+
+    def read() -> None:
+        handlers: dict[str, Callable[..., None]] = {
+            "generate": engine.submit,
+            "cancel": engine.cancel,
+            "command": answer,
+            "stop": stop,
+        }
+        while True:
+            try:
+                kind, *rest = pipe.recv()
+            except (EOFError, OSError):  # the front is gone
+                engine.call(stop)
+                return
+            engine.call(functools.partial(handlers[kind], *rest))
+            if kind == "stop":
+                return
+
+    pipe.send(("ready", fleet.infos, fleet.notes))
+    threading.Thread(target=read, name="pipe", daemon=True).start()
+    engine.begin()
+    pictured = 0.0
+    try:
+        while running:
+            engine.run_instant()
+            now = time.monotonic()
+            if now - pictured >= PICTURE_S:
+                pictured = now
+                pipe.send(("state", fleet.picture()))
+    except BrokenPipeError:
+        return
+    finally:
+        with contextlib.suppress(OSError):
+            pipe.send(("stopped",))
+        engine.close()
+
+
+def _command(engine: Any, name: str, model: str | None) -> dict[str, Any]:
+    """Do what an operator asks for.
+
+    Raises:
+        InputError: It is not possible.
+    """
+    if name in ("revert", "restore"):
+        engine.revert(name == "revert")
+        return {"policy": engine.adapter.name}
+    m = engine.names.index(model)
+    if name in ("pin", "unpin"):
+        engine.set_pinned(m, name == "pin")
+    elif name == "release":
+        engine.release(m)
+    elif not engine.preload(m):
+        raise InputError(
+            f"{model} does not fit beside what is in use", "try again later, or unpin a model"
+        )
+    return {"model": model}
+
+
+# --- in the front's process ----------------------------------------------------------------
+
+
+class EngineClient:
+    """An engine process, as the front sees it; implements ``mmrl.deploy.protocol.Engine``.
+
+    Args:
+        config: What the engine serves.
+        progress: Told of weights read from disk.
+    """
+
+    def __init__(self, config: ServeConfig, progress: Progress | None = None) -> None:
+        self._config, self._progress = config, progress
+        self._models: dict[str, ModelInfo] = {}
+        self._state: NodeState | None = None
+        self._ready = self._draining = self._closing = False
+        self._requests: dict[int, asyncio.Queue[Any]] = {}
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._number = 0
+        self._restart_s = RESTART_S
+        self._pipe: Connection | None = None
+        self._process: Any = None
+        self._started: asyncio.Future[None] | None = None
+        self._stopped = threading.Event()
+        self.notes: tuple[str, ...] = ()
+        self.restarts = 0
+
+    @property
+    def models(self) -> dict[str, ModelInfo]:
+        """Return the fleet by name; empty until the engine was ready once."""
+        return self._models
+
+    @property
+    def ready(self) -> bool:
+        """Return whether the engine serves."""
+        return self._ready and not self._draining
+
+    @property
+    def state(self) -> NodeState | None:
+        """Return the last picture of the node."""
+        return self._state
+
+    @property
+    def pid(self) -> int | None:
+        """Return the number of the engine's process."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Start the engine and wait until it serves.
+
+        Raises:
+            MmrlError: It cannot; an `InputError` where the configuration is wrong.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._started = self._loop.create_future()
+        self._launch()
+        await self._started
+
+    async def generate(self, request: Generate) -> AsyncIterator[Tokens]:
+        """Run a request; the last item has ``finish``. Closing the iterator cancels it.
+
+        Raises:
+            InputError: The model is unknown or the request does not fit it.
+            Unavailable: One of its kinds.
+        """
+        self._check(request)
+        self._number += 1
+        number = self._number
+        items: asyncio.Queue[Any] = asyncio.Queue()
+        self._requests[number] = items
+        finished = False
+        self._send(("generate", number, request))
+        try:
+            while not finished:
+                item = await items.get()
+                if isinstance(item, Unavailable):
+                    finished = True
+                    raise item
+                if item is None:  # accepted
+                    continue
+                finished = item.finish is not None
+                yield item
+        finally:
+            del self._requests[number]
+            if not finished:
+                self._send(("cancel", number))
+
+    async def command(self, name: str, model: str | None = None) -> dict[str, Any]:
+        """Do what an operator asks; see `COMMANDS`.
+
+        Raises:
+            InputError: It is unknown, or not possible.
+            EngineDown: The engine does not run.
+        """
+        if name not in COMMANDS:
+            raise unknown("command", name, COMMANDS)
+        if name not in ("revert", "restore") and model not in self._models:
+            raise unknown("model", str(model), self._models)
+        if not self._ready:
+            raise EngineDown("the engine is starting", "try again", self._restart_s)
+        self._number += 1
+        answer: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        self._answers[self._number] = answer
+        self._send(("command", self._number, name, model))
+        return await answer
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and wait for those that run; return whether all ended."""
+        self._draining = True
+        until = self._loop.time() + timeout_s
+        while self._requests and self._loop.time() < until:
+            await asyncio.sleep(0.02)
+        return not self._requests
+
+    async def stop(self) -> None:
+        """End the engine's process."""
+        self._closing = True
+        self._send(("stop",))
+        if self._process is not None:
+            await asyncio.to_thread(self._process.join, 10)
+            if self._process.is_alive():
+                self._process.kill()
+                await asyncio.to_thread(self._process.join)
+
+    def _check(self, request: Generate) -> None:
+        info = self._models.get(request.model)
+        if info is None:
+            if not self._models:
+                raise EngineDown("the engine is starting", "try again", self._restart_s)
+            raise unknown("model", request.model, self._models)
+        if not request.prompt:
+            raise InputError("the prompt is empty", "send at least one token")
+        if request.max_tokens < 1:
+            raise InputError("max_tokens is below 1", "ask for at least one token")
+        tokens = len(request.prompt) + request.max_tokens
+        if tokens > info.max_context:
+            raise InputError(
+                f"{len(request.prompt)} prompt tokens and {request.max_tokens} to generate are "
+                f"more than the context of {info.max_context}",
+                "shorten the prompt or lower max_tokens",
+            )
+        if self._draining:
+            raise Draining("the server is going down", "use another")
+        if not self._ready:
+            raise EngineDown("the engine is being restarted", "try again", self._restart_s)
+
+    def _launch(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=serve_engine, args=(theirs, self._config), name="mmrl-engine", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        threading.Thread(target=self._read, args=(self._pipe,), daemon=True).start()
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        with contextlib.suppress(OSError):  # a dead engine is noticed where its messages are read
+            if self._pipe is not None:
+                self._pipe.send(message)
+
+    def _read(self, pipe: Connection) -> None:
+        """Hand the engine's messages to the event loop: a thread for each engine."""
+        while True:
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):
+                message = ("died",)
+            try:
+                self._loop.call_soon_threadsafe(self._handle, message)
+            except RuntimeError:  # the loop is closed
+                return
+            if message[0] == "died":
+                return
+
+    def _handle(self, message: tuple[Any, ...]) -> None:
+        kind, *rest = message
+        if kind == "tokens":
+            for number, tokens in rest[0]:
+                self._put(number, tokens)
+        elif kind == "accepted":
+            self._put(rest[0], None)
+        elif kind == "refused":
+            number, why, words = rest
+            self._put(number, REFUSALS[why](words, "try again later"))
+        elif kind == "state":
+            self._state = rest[0]
+        elif kind == "answer":
+            number, result, error = rest
+            answer = self._answers.pop(number)
+            if not answer.done():
+                if error is None:
+                    answer.set_result(result)
+                else:
+                    answer.set_exception(InputError(*error))
+        elif kind == "loading":
+            if self._progress is not None:
+                self._progress(*rest)
+        elif kind == "ready":
+            infos, self.notes = rest
+            self._models = {info.name: info for info in infos}
+            self._ready, self._restart_s = True, RESTART_S
+            if self._started is not None and not self._started.done():
+                self._started.set_result(None)
+        elif kind == "failed":
+            self._fail_start(InputError(*rest[1:]) if rest[0] else MmrlError(*rest[1:]))
+        elif kind == "died":
+            self._died()
+
+    def _put(self, number: int, item: Any) -> None:
+        items = self._requests.get(number)
+        if items is not None:
+            items.put_nowait(item)
+
+    def _fail_start(self, error: MmrlError) -> None:
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(error)
+        else:
+            log.error("the engine did not start again: %s", error)
+
+    def _died(self) -> None:
+        """Answer what was in flight, and start another engine unless the server ends."""
+        self._ready, self._state = False, None
+        for items in self._requests.values():
+            items.put_nowait(Tokens((), Finish.ERROR, "the engine died"))
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(EngineDown("the engine died", "try again", self._restart_s))
+        self._answers.clear()
+        if self._closing:
+            return
+        code = self._process.exitcode
+        if self._started is not None and not self._started.done():
+            self._fail_start(
+                MmrlError(f"the engine died while it started (exit code {code})", "see its output")
+            )
+            return
+        self.restarts += 1
+        log.error("the engine died (exit code %s); starting it again", code)
+        self._loop.call_later(self._restart_s, self._launch)
+        self._restart_s = min(LONGEST_RESTART_S, 2 * self._restart_s)

@@ -1,0 +1,334 @@
+"""`ModelRunner`: prefill chunks and decode steps of one model over its KV pool.
+
+The host prepares all inputs of an iteration as int32 in one staging buffer and sends them in one
+copy. Block tables are packed one after the other, so that what is copied grows with the tokens that
+are there and not with the longest possible context.
+
+On a GPU a decode step of a resident model replays a CUDA graph, one for each of some batch sizes: a
+step of a 7B model launches over a thousand small kernels, and launched one by one they take longer
+than the reading of the weights. A graph names addresses only; weights and KV lie at addresses that
+outlive evictions, and what changes from step to step is read from the staging buffer, so a graph
+once captured stays good. Rows of a graph beyond the batch have length 0 and touch nothing.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from mmrl.deploy.attention import Decode, Prefill, use_paged_attention
+from mmrl.deploy.kv import BLOCK_TOKENS, KVPool, Table
+from mmrl.deploy.sampling import Choice, choose, forbid
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+MAX_BATCH = BATCH_SIZES[-1]
+
+# Rows of a decode step in the staging buffer, MAX_BATCH numbers each; the packed tables follow.
+_TOKEN, _POSITION, _LENGTH, _SLOT, _START, _NO_EOS = range(6)
+_HEADER = 6 * MAX_BATCH
+_ALIGNMENT = 4  # numbers: kernels are compiled apart for addresses that are no multiple of 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInput:
+    """A sequence of a decode step.
+
+    Attributes:
+        token: Its last token, whose keys and values are not in the pool yet.
+        position: Position of this token: the tokens before it.
+        table: Its blocks, with room for this token.
+        sampling: How the next token is chosen.
+    """
+
+    token: int
+    position: int
+    table: Table
+    sampling: Choice
+
+
+class GraphPool:
+    """Device memory that the CUDA graphs of all models of a device share.
+
+    They may: no two of them run at once, and none leaves anything there for another.
+
+    Attributes:
+        lock: Held while a graph is captured.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._handle: Any = None
+
+    @property
+    def handle(self) -> Any:
+        """Return torch's name of the memory pool."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+
+class ModelRunner:
+    """Runs one model, one iteration at a time, on the current stream of the calling thread.
+
+    Args:
+        module: A causal language model of transformers in eval mode. Its attention is replaced, its
+            buffers are moved to the pool's device; its parameters may come and go between calls.
+        pool: Its KV blocks.
+        max_context: Most tokens of a sequence.
+        eos: Its end-of-sequence tokens.
+        graph_pool: Shared by the models of a device; none runs without graphs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        pool: KVPool,
+        max_context: int,
+        eos: Sequence[int] = (),
+        graph_pool: GraphPool | None = None,
+    ) -> None:
+        self._module: Any = module
+        self._pool = pool
+        self._device = device = pool.device
+        use_paged_attention(module)
+        _move_buffers(module, device)
+        self._eos = torch.tensor(sorted(set(eos)), dtype=torch.int64, device=device)
+        blocks_each = -(-max_context // BLOCK_TOKENS)
+        tables = min(pool.capacity, MAX_BATCH * blocks_each)
+        size = max(_HEADER + tables, 2 * (max_context + _ALIGNMENT) + blocks_each)
+        cuda = device.type == "cuda"
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=cuda)
+        self._words: npt.NDArray[np.int32] = self._host.numpy()
+        self._staged = torch.zeros_like(self._host, device=device) if cuda else self._host
+        self._chosen = torch.zeros(MAX_BATCH, dtype=torch.int64, device=device)
+        self._answer = torch.zeros(MAX_BATCH, dtype=torch.int64, pin_memory=cuda)
+        self._graph_pool = graph_pool if cuda and not _depends_on_lengths(module) else None
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._logits: torch.Tensor | None = None  # of the last graph, [MAX_BATCH, vocabulary]
+        self._multiprocessors = 0
+        if cuda:
+            self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+            # cuDNN's attention, which torch prefers on some GPUs, prepares anew for every length.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+
+    @torch.inference_mode()
+    def prefill(
+        self, tokens: Sequence[int], start: int, table: Table, sampling: Choice | None
+    ) -> int | None:
+        """Compute a chunk of a sequence, whose earlier tokens are in the pool.
+
+        Args:
+            tokens: Of the chunk, at least one.
+            start: Position of the first.
+            table: Blocks of the sequence, with room for them.
+            sampling: How the token after the chunk is chosen; None if none is wanted.
+
+        Returns:
+            The next token, or None. The device has done everything by then.
+        """
+        count = len(tokens)
+        blocks = -(-(start + count) // BLOCK_TOKENS)
+        table = np.asarray(table, np.int32)
+        if not count or blocks > len(table):
+            raise ValueError(f"{count} tokens from {start} do not fit {len(table)} blocks")
+        words = self._words
+        positions = np.arange(start, start + count)
+        first_slot = -(-count // _ALIGNMENT) * _ALIGNMENT
+        first_block = 2 * first_slot
+        end = first_block + blocks
+        words[:count] = tokens
+        words[first_slot : first_slot + count] = _slots(table, positions)
+        words[first_block:end] = table[:blocks]
+        staged = self._send(end)
+        slots, sent_table = staged[first_slot : first_slot + count], staged[first_block:end]
+        step = Prefill(self._pool.data, slots, sent_table, start, count)
+        inputs = {
+            "input_ids": staged[None, :count].long(),
+            "position_ids": torch.arange(start, start + count, device=self._device)[None],
+            "use_cache": False,
+            "paged_step": step,
+        }
+        if sampling is None:
+            self._module.base_model(**inputs)
+            self._wait()
+            return None
+        logits = self._module(**inputs, logits_to_keep=1).logits[:, -1]
+        if sampling.no_eos:
+            forbid(logits, self._eos, torch.ones(1, dtype=torch.bool, device=self._device))
+        return self._receive(choose(logits, [sampling], [start + count]))[0]
+
+    @torch.inference_mode()
+    def decode(self, batch: Sequence[DecodeInput], resident: bool) -> list[int]:
+        """Compute one token of each sequence.
+
+        Args:
+            batch: The sequences, 1 to `MAX_BATCH`.
+            resident: All weights are on the device at their own addresses: a graph may be used.
+
+        Returns:
+            Their next tokens, in order. The device has done everything by then.
+        """
+        rows = len(batch)
+        if not 1 <= rows <= MAX_BATCH:
+            raise ValueError(f"a batch has 1 to {MAX_BATCH} sequences, not {rows}")
+        size = rows
+        graph = None
+        if resident and self._graph_pool is not None:
+            size = next(size for size in BATCH_SIZES if size >= rows)
+            graph = self._graphs.get(size) or self._capture(size)
+        staged = self._send(self._pack(batch, size))
+        if graph is None:
+            longest = max(one.position for one in batch) + 1
+            logits = self._step(staged, size, longest)
+        else:
+            graph.replay()
+            assert self._logits is not None
+            logits = self._logits
+        choices = [one.sampling for one in batch]
+        if all(choice.greedy for choice in choices):
+            return self._receive(self._chosen[:rows])
+        return self._receive(
+            choose(logits[:rows], choices, [one.position + 1 for one in batch]),
+        )
+
+    @torch.inference_mode()
+    def capture(self, sizes: Sequence[int] = BATCH_SIZES) -> None:
+        """Capture the graphs of some batch sizes now, if graphs are used at all.
+
+        All weights must be on the device. No KV is read or written.
+        """
+        if self._graph_pool is not None:
+            for size in sorted(
+                sizes, reverse=True
+            ):  # the largest first: the others fit in its memory
+                if size not in self._graphs:
+                    self._capture(size)
+
+    def _pack(self, batch: Sequence[DecodeInput], size: int) -> int:
+        """Write a decode step into the staging buffer, padded to ``size`` rows.
+
+        Returns:
+            How many numbers it takes.
+        """
+        rows = self._words[:_HEADER].reshape(-1, MAX_BATCH)
+        rows[_LENGTH, len(batch) : size] = 0
+        rows[_SLOT, len(batch) : size] = -1
+        rows[_TOKEN : _POSITION + 1, len(batch) : size] = 0
+        rows[_NO_EOS, len(batch) : size] = 0
+        end = _HEADER
+        for row, one in enumerate(batch):
+            place, offset = divmod(one.position, BLOCK_TOKENS)
+            if place >= len(one.table):
+                raise ValueError(f"position {one.position} is beyond {len(one.table)} blocks")
+            slot = int(one.table[place]) * BLOCK_TOKENS + offset
+            rows[:, row] = (
+                one.token,
+                one.position,
+                one.position + 1,
+                slot,
+                end - _HEADER,
+                one.sampling.no_eos,
+            )
+            self._words[end : end + place + 1] = one.table[: place + 1]
+            end += place + 1
+        return end
+
+    def _step(self, staged: torch.Tensor, rows: int, longest: int) -> torch.Tensor:
+        """Run the model on a packed decode step; put the greedy choices into ``_chosen``.
+
+        Returns:
+            Logits, ``[rows, vocabulary]``.
+        """
+        fields = staged[:_HEADER].view(-1, MAX_BATCH)[:, :rows]
+        splits = 1
+        if self._device.type == "cuda":
+            from mmrl.deploy.kernels import decode_splits  # Triton is there only with a GPU
+
+            kv_heads = self._pool.data.shape[3]
+            splits = decode_splits(rows, kv_heads, self._multiprocessors)
+        step = Decode(
+            self._pool.data,
+            fields[_SLOT],
+            staged[_HEADER:],
+            fields[_START],
+            fields[_LENGTH],
+            longest,
+            splits,
+        )
+        logits: torch.Tensor = self._module(
+            input_ids=fields[_TOKEN].long()[:, None],
+            position_ids=fields[_POSITION].long()[:, None],
+            use_cache=False,
+            paged_step=step,
+        ).logits[:, -1]
+        forbid(logits, self._eos, fields[_NO_EOS] != 0)
+        self._chosen[:rows].copy_(logits.argmax(-1))
+        return logits
+
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+        """Capture a decode step of ``size`` rows."""
+        assert self._graph_pool is not None
+        self._send(self._pack([], size))
+        self._wait()
+        graph = torch.cuda.CUDAGraph()
+        with self._graph_pool.lock:
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # what is set up at a first call is not part of the graph
+                    logits = self._step(self._staged, size, 0)
+                if self._logits is None:
+                    shape = (MAX_BATCH, logits.shape[-1])
+                    self._logits = torch.empty(shape, dtype=logits.dtype, device=self._device)
+                stream.synchronize()
+                del logits
+            # Other threads go on using the device meanwhile.
+            with torch.cuda.graph(
+                graph,
+                pool=self._graph_pool.handle,
+                stream=stream,
+                capture_error_mode="thread_local",
+            ):
+                self._logits[:size].copy_(self._step(self._staged, size, 0))
+        self._graphs[size] = graph
+        return graph
+
+    def _send(self, count: int) -> torch.Tensor:
+        """Start the copy of the first numbers of the staging buffer; return it on the device."""
+        if self._staged is not self._host:
+            self._staged[:count].copy_(self._host[:count], non_blocking=True)
+        return self._staged
+
+    def _receive(self, tokens: torch.Tensor) -> list[int]:
+        """Return tokens when the device has computed them."""
+        answer = self._answer[: len(tokens)]
+        answer.copy_(tokens, non_blocking=True)
+        self._wait()
+        return answer.tolist()
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
+def _slots(table: Table, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return where tokens of a sequence lie in the pool: block * 16 + offset."""
+    return table[positions // BLOCK_TOKENS] * BLOCK_TOKENS + positions % BLOCK_TOKENS
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move what is no parameter (frequencies of the rotary embedding, for example)."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.device != device:
+                part._buffers[name] = buffer.to(device)
+
+
+def _depends_on_lengths(module: nn.Module) -> bool:
+    """Return whether a rotary embedding changes with the longest sequence, on the host's say."""
+    kinds = [str(getattr(part, "rope_type", "")) for part in module.modules()]
+    return any("dynamic" in kind or "longrope" in kind for kind in kinds)

@@ -1,0 +1,450 @@
+"""The engine: the simulator's decisions, everybody's tokens, and nothing lost when things fail."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from mmrl.deploy.checkpoint import Checkpoint
+from mmrl.deploy.config import build_config
+from mmrl.deploy.engine import FAILURES, Engine, RealTime, SimulatedTime
+from mmrl.deploy.fleet import Fleet, open_fleet
+from mmrl.deploy.memory import OutOfDeviceMemory
+from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
+from mmrl.node.actions import (
+    legal_actions,
+    some_verb_legal,
+)
+from mmrl.node.observe import observation_size, observe
+from mmrl.node.state import MAX_MODELS, new_nodes, new_requests
+from mmrl.rules import get_rule
+from mmrl.rules.dispatch import suggest
+from mmrl.sim.kernel import act, next_decision, start
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def checkpoints(count: int = 3) -> list[Checkpoint]:
+    kinds = (LlamaConfig, Qwen2Config)
+    return [
+        Checkpoint.from_config(
+            kinds[i % 2](**SHAPE, num_hidden_layers=4 + i), torch.float32, seed=i
+        )
+        for i in range(count)
+    ]
+
+
+def fleet_of(models: list[Checkpoint], memory: float, clock: Any = None, **node: Any) -> Fleet:
+    """A fleet on the CPU with so many times its weights as memory beside what is reserved."""
+    names = [f"m{i}" for i in range(len(models))]
+    probe = build_config({"models": [{"path": name} for name in names]}, "test")
+    budget = 2**30
+    config = probe.model_copy(
+        update={
+            "node": probe.node.model_copy(
+                update={"device": "cpu", "memory": budget, "host_kv": 2**20, **node}
+            )
+        }
+    )
+    fleet = open_fleet(config, clock=clock, checkpoints=models)
+    s = fleet.engine.node.state
+    weights = sum(sum(model.weights.piece_bytes) for model in fleet.engine.models)
+    s.budget_bytes = s.reserve_bytes + int(memory * weights)
+    return fleet
+
+
+class Listener:
+    """What the front hears."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.finish: dict[int, Finish] = {}
+        self.errors: dict[int, str] = {}
+        self.refused: dict[int, str] = {}
+        engine.emit = self._emit
+        engine.refuse = self._refuse
+
+    def _emit(self, items: list[tuple[int, Tokens]]) -> None:
+        for number, tokens in items:
+            assert number not in self.finish, "tokens after the end"
+            self.tokens.setdefault(number, []).extend(tokens.tokens)
+            if tokens.finish is not None:
+                self.finish[number] = tokens.finish
+                self.errors[number] = tokens.error
+
+    def _refuse(self, number: int, kind: str, words: str) -> None:
+        self.refused[number] = kind
+
+
+def request(model: int, prompt: int, output: int, seed: int = 0, **more: Any) -> Generate:
+    rng = np.random.default_rng(seed)
+    tokens = tuple(int(t) for t in rng.integers(3, 320, prompt))
+    return Generate(f"m{model}", tokens, output, **{"ignore_eos": True, **more})
+
+
+def run(engine: Engine, until: Callable[[], bool], limit: int = 200_000) -> None:
+    begun = time.monotonic()
+    for _ in range(limit):
+        if until():
+            return
+        engine.run_instant()
+        assert time.monotonic() - begun < 40, "it does not come to an end"
+    raise AssertionError("it does not come to an end")
+
+
+@pytest.fixture
+def closing() -> Iterator[list[Fleet]]:
+    fleets: list[Fleet] = []
+    yield fleets
+    for fleet in fleets:
+        fleet.engine.close()
+        fleet.close()
+
+
+def expected(models: list[Checkpoint], asked: list[Generate], closing: list[Fleet]) -> list[Any]:
+    """The tokens of each request when it has the node for itself and everything fits."""
+    fleet = fleet_of(models, 10.0)
+    closing.append(fleet)
+    engine, heard = fleet.engine, Listener(fleet.engine)
+    engine.begin()
+    for number, one in enumerate(asked):
+        engine.submit(number, one)
+        run(engine, lambda n=number: n in heard.finish)
+    return [heard.tokens[number] for number in range(len(asked))]
+
+
+def script(seed: int, count: int, models: int) -> list[tuple[int, Generate]]:
+    rng = np.random.default_rng(seed)
+    at = 0
+    asked = []
+    for i in range(count):
+        at += int(rng.exponential(12e6))
+        sampling = Sampling(temperature=float(i % 2), seed=i)
+        one = request(
+            int(rng.integers(models)),
+            int(rng.integers(1, 120)),
+            int(rng.integers(1, 60)),
+            i,
+            sampling=sampling,
+        )
+        asked.append((at, one))
+    return asked
+
+
+def slow_link(fleet: Fleet) -> None:
+    """Make loads and saves take long against iterations, as between a real host and device."""
+    s = fleet.engine.node.state
+    s.gap_ns, s.decided_ns, s.latency_ns = 3_000_000, -3_000_000, 1_000_000
+    for field in ("load_layer_ns", "load_base_ns", "stream_layer_ns", "load_fixed_ns"):
+        s[field][: s.n_models] = 5_000_000
+    for field in ("save_fixed_ns", "restore_fixed_ns"):
+        s[field][: s.n_models] = 3_000_000
+
+
+@pytest.mark.parametrize("verbs", ["core", "full"])
+@pytest.mark.parametrize("seed", range(3))
+def test_decisions_are_the_simulators(seed: int, verbs: str, closing: list[Fleet]) -> None:
+    """One script of requests on the node under the costs' clock, and in the simulator.
+
+    Every observation, mask and decision is the same, and so is every token that comes of it.
+    """
+    models = checkpoints()
+    asked = script(seed, 25, len(models))
+    clock = SimulatedTime([])
+    fleet = fleet_of(models, 0.62, clock, verbs=verbs)
+    closing.append(fleet)
+    slow_link(fleet)
+    engine, node = fleet.engine, fleet.engine.node
+    heard = Listener(engine)
+    rng = np.random.default_rng(seed)
+
+    # the simulator, with the same numbers and arrivals
+    nodes, table = new_nodes(1), new_requests(1, len(asked))
+    s, r = nodes[0], table[0]
+    nodes[0] = node.state
+    s.n_requests = len(asked)
+    for i, (at, one) in enumerate(asked):
+        row = node.submit(at, engine.names.index(one.model), len(one.prompt), one.max_tokens)
+        r[i] = node.requests[row]
+    node.state.n_requests = 0
+    ready = np.zeros(MAX_MODELS, np.int8)
+    start(s, r)
+    tables = node.decode_tables, node.prefill_tables
+    seen: list[tuple[int, Any, Any, int]] = []
+    rule = get_rule("slack")
+    full = int(s.full_verbs)
+
+    while len(seen) < 3_000:
+        next_decision(s, r, ready, *tables)
+        while not s.done and not some_verb_legal(s, r):
+            next_decision(s, r, ready, *tables)
+        if s.done:
+            break
+        more = True
+        while more:
+            observation = np.zeros(observation_size(len(models)), np.float32)
+            observe(s, r, *tables, observation)
+            mask = np.zeros(1 + len(models) * (9 if full else 4), np.bool_)
+            legal_actions(s, r, mask)
+            champion = suggest(rule.number, s, r, *tables, rule.params)
+            action = champion if rng.random() < 0.7 else int(rng.choice(np.flatnonzero(mask)))
+            seen.append((int(s.now_ns), observation, mask, action))
+            more = act(s, r, action)
+    assert s.done == 1 and len(seen) > 30
+
+    # the node
+    replayed = 0
+
+    class Script:
+        """An adapter that checks what a policy would see and takes the simulator's decision."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(adapter, name)
+
+        def decide(self, nodes: Any, table: Any) -> Any:
+            nonlocal replayed
+            from mmrl.deploy.adapter import Verdict
+
+            at, observation, mask, action = seen[replayed]
+            observed, legal = node.look()
+            assert node.state.now_ns == at
+            np.testing.assert_array_equal(observed, observation)
+            np.testing.assert_array_equal(legal, mask)
+            replayed += 1
+            return Verdict(action, "policy", 0.0)
+
+    adapter, engine.adapter = engine.adapter, Script()  # type: ignore[assignment]
+    clock._script.extend(
+        (at, lambda n=n, one=one: engine.submit(n, one)) for n, (at, one) in enumerate(asked)
+    )
+    engine.begin()
+    run(engine, lambda: len(heard.finish) == len(asked))
+    assert replayed == len(seen)
+    for field in ("loads", "outs", "preempted", "load_bytes", "stream_bytes", "kv_save_bytes"):
+        assert np.array_equal(node.state[field], s[field]), field
+    assert s.outs.sum() > 0 and s.loads.sum() > 3
+    assert heard.tokens == dict(enumerate(expected(models, [one for _, one in asked], closing)))
+
+
+def test_random_decisions_in_real_time_change_no_token(closing: list[Fleet]) -> None:
+    models = checkpoints()
+    asked = [one for _, one in script(7, 24, len(models))]
+    wanted = expected(models, asked, closing)
+    fleet = fleet_of(models, 0.62, verbs="full")
+    closing.append(fleet)
+    engine, s = fleet.engine, fleet.engine.node.state
+    heard, rng = Listener(engine), np.random.default_rng(0)
+
+    class Random:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(adapter, name)
+
+        def poll(self, nodes: Any, table: Any) -> Any:
+            verdict = adapter.poll(nodes, table)
+            if rng.random() < 0.5:
+                _, mask = engine.node.look()
+                action = int(rng.choice(np.flatnonzero(mask)))
+                return type(verdict)(action, "policy", 0.0)
+            return verdict
+
+    adapter, engine.adapter = engine.adapter, Random()  # type: ignore[assignment]
+    s.gap_ns = 1_000_000
+    engine.begin()
+    for number, one in enumerate(asked):
+        engine.submit(number, one)
+    run(engine, lambda: len(heard.finish) == len(asked))
+    assert [heard.tokens[n] for n in range(len(asked))] == wanted
+    assert s.outs.sum() > 0 and s.preempted.sum() > 0 and s.stream_bytes.sum() > 0
+    assert fleet.memory.peak_bytes <= fleet.memory.budget_bytes
+
+
+def one_model(closing: list[Fleet], memory: float = 3.0, **node: Any) -> tuple[Engine, Listener]:
+    fleet = fleet_of(checkpoints(2), memory, **node)
+    closing.append(fleet)
+    fleet.engine.begin()
+    return fleet.engine, Listener(fleet.engine)
+
+
+def test_stop_length_and_eos(closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing)
+    engine.submit(1, request(0, 10, 20, sampling=Sampling(0.0)))
+    run(engine, lambda: 1 in heard.finish)
+    assert heard.finish[1] is Finish.LENGTH and len(heard.tokens[1]) == 20
+    third = heard.tokens[1][2]
+    first = heard.tokens[1].index(third)
+    engine.models[0].eos = frozenset({third})
+    engine.submit(2, request(0, 10, 20, sampling=Sampling(0.0), ignore_eos=False))
+    run(engine, lambda: 2 in heard.finish)
+    assert heard.finish[2] is Finish.STOP and heard.tokens[2] == heard.tokens[1][:first]
+    engine.submit(3, request(0, 10, 20, sampling=Sampling(0.0), ignore_eos=True))
+    run(engine, lambda: 3 in heard.finish)
+    assert heard.tokens[3] == heard.tokens[1]
+    assert engine.node.state.in_system == 0 and engine.models[0].pool.blocks == 0
+
+
+@pytest.mark.parametrize("when", ["queued", "prefill", "decode"])
+def test_a_cancelled_request_frees_its_memory(when: str, closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing)
+    s = engine.node.state
+    engine.submit(1, request(0, 400, 100))
+    if when == "prefill":
+        run(engine, lambda: bool(s.prefilling[0] >= 0))
+    elif when == "decode":
+        run(engine, lambda: len(heard.tokens.get(1, [])) > 3)
+    engine.cancel(1)
+    run(engine, lambda: 1 in heard.finish)
+    run(engine, lambda: s.in_system == 0 and engine.models[0].pool.blocks == 0)
+    assert heard.finish == {1: Finish.CANCELLED} and s.kv_blocks[0] == 0
+    engine.submit(2, request(0, 10, 5))
+    run(engine, lambda: 2 in heard.finish)
+    assert len(heard.tokens[2]) == 5
+
+
+def test_a_failing_request_takes_no_other_with_it(closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing)
+    runner = engine.models[0].runner
+    decode, poison = runner.decode, [-1]
+
+    def failing(batch: Any, resident: bool) -> Any:
+        if any(one.table[0] == poison[0] for one in batch):
+            raise RuntimeError("a poisoned block")
+        return decode(batch, resident)
+
+    runner.decode = failing  # type: ignore[method-assign]
+    good = [request(0, 20, 30, seed, sampling=Sampling(0.0)) for seed in range(3)]
+    for number, one in enumerate(good):
+        engine.submit(number, one)
+    run(engine, lambda: all(len(heard.tokens.get(n, [])) > 2 for n in range(3)))
+    poison[0] = engine.models[0].pool.table(1)[0]
+    run(engine, lambda: len(heard.finish) == 3)
+    assert heard.finish[1] is Finish.ERROR and "poisoned" in heard.errors[1]
+    assert heard.finish[0] is heard.finish[2] is Finish.LENGTH
+    assert not engine.models[0].quarantined
+
+
+def test_repeated_failures_quarantine_a_model(closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing)
+    prefill = engine.models[0].runner.prefill
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("broken")
+
+    engine.models[0].runner.prefill = broken  # type: ignore[method-assign]
+    for number in range(FAILURES):
+        engine.submit(number, request(0, 20, 5))
+        run(engine, lambda n=number: n in heard.finish)
+    assert set(heard.finish.values()) == {Finish.ERROR} and engine.models[0].quarantined
+    engine.submit(10, request(0, 20, 5))
+    engine.submit(11, request(1, 20, 5))
+    run(engine, lambda: 11 in heard.finish)
+    assert heard.refused == {10: "quarantined"} and heard.finish[11] is Finish.LENGTH
+    engine.models[0].runner.prefill = prefill  # type: ignore[method-assign]
+    engine.release(0)
+    engine.submit(12, request(0, 20, 5))
+    run(engine, lambda: 12 in heard.finish)
+    assert heard.finish[12] is Finish.LENGTH
+
+
+def test_a_device_out_of_memory_loses_nothing(closing: list[Fleet]) -> None:
+    models = checkpoints(2)
+    asked = [request(0, 30, 40, seed, sampling=Sampling(0.0)) for seed in range(4)]
+    wanted = expected(models, asked, closing)
+    fleet = fleet_of(models, 3.0)
+    closing.append(fleet)
+    engine, heard = fleet.engine, Listener(fleet.engine)
+    runner, calls = engine.models[0].runner, 0
+    decode = runner.decode
+
+    def full(batch: Any, resident: bool) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in (5, 20):
+            raise OutOfDeviceMemory("no memory", "")
+        return decode(batch, resident)
+
+    runner.decode = full  # type: ignore[method-assign]
+    engine.begin()
+    for number, one in enumerate(asked):
+        engine.submit(number, one)
+    run(engine, lambda: len(heard.finish) == 4)
+    assert [heard.tokens[n] for n in range(4)] == wanted
+    assert engine.node.state.preempted[0] > 0 and not engine.models[0].quarantined
+
+
+def test_a_full_queue_refuses(closing: list[Fleet], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, heard = one_model(closing)
+    for number in range(300):
+        engine.submit(number, request(0, 4, 2))
+    run(engine, lambda: len(heard.finish) + len(heard.refused) == 300)
+    assert len(heard.refused) == 300 - 256 and set(heard.refused.values()) == {"queue_full"}
+
+
+def test_many_requests_reuse_the_table(
+    closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmrl.deploy.node.CAPACITY", 64)
+    engine, heard = one_model(closing)
+    assert len(engine.node.requests) == 64
+    number = 0
+    for _ in range(20):
+        for _ in range(20):
+            engine.submit(number, request(number % 2, 5, 3, number))
+            number += 1
+        run(engine, lambda: engine.open_requests <= 5)
+    run(engine, lambda: engine.open_requests == 0)
+    assert len(heard.finish) == 400 and not heard.refused
+    assert {len(tokens) for tokens in heard.tokens.values()} == {3}
+
+
+def test_an_operator_pins_and_preloads(closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing, memory=0.7)
+    s = engine.node.state
+    assert engine.preload(1)
+    engine.begin()
+    run(engine, lambda: s.landed[1] == s.pieces[1])
+    engine.set_pinned(1, True)
+    engine.submit(1, request(0, 20, 5))
+    for _ in range(50):
+        engine.run_instant()
+    assert s.landed[1] == s.pieces[1] and engine.models[1].weights.granted == {0, 1, 2, 3, 4}
+    engine.set_pinned(1, False)
+    run(engine, lambda: 1 in heard.finish)
+    assert heard.finish[1] is Finish.LENGTH
+    assert next(d.by for d in engine.decisions) == "operator"
+
+
+def test_a_clock_that_jumps_back_does_no_harm(
+    closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [10**12]
+    monkeypatch.setattr("mmrl.deploy.engine.time.monotonic_ns", lambda: now[0])
+    clock = RealTime()
+    now[0] += 5_000
+    assert clock.now_ns() == 5_000
+    now[0] -= 10**9
+    assert clock.now_ns() == 5_000
+    now[0] += 2 * 10**9
+    assert clock.now_ns() == 10**9 + 5_000
+
+
+def test_decisions_say_why(closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing, memory=0.75, verbs="core")
+    for number in range(6):
+        engine.submit(number, request(number % 2, 50, 30, number))
+    run(engine, lambda: len(heard.finish) == 6)
+    reasons = [(d.verb, d.reason) for d in engine.decisions]
+    assert any(verb == "level100" and "waiting" in words for verb, words in reasons)
+    assert all(d.by == "policy" and d.model in ("m0", "m1") for d in engine.decisions)

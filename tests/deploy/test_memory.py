@@ -1,0 +1,344 @@
+"""Device memory is committed exactly within its budget; host memory is found, taken, given back."""
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmrl.deploy import memory as memory_module
+from mmrl.deploy.memory import (
+    BudgetExceeded,
+    DeviceMemory,
+    HostArena,
+    OutOfDeviceMemory,
+    copy_async,
+    host_available_bytes,
+    wait_for_stream,
+)
+from mmrl.errors import MmrlError
+
+CPU = torch.device("cpu")
+G = DeviceMemory(CPU, 0).granule
+
+
+def rss() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_reserved_addresses_cost_nothing_and_stay() -> None:
+    memory = DeviceMemory(CPU, 4 * G)
+    space = memory.reserve(100 * G - 5)
+    address = space.tensor.data_ptr()
+    assert (space.nbytes, space.tensor.numel(), space.tensor.dtype) == (
+        100 * G,
+        100 * G,
+        torch.uint8,
+    )
+    assert memory.committed_bytes == 0
+    space.commit(98 * G, 100 * G)
+    space.tensor[98 * G :] = 7
+    assert space.tensor[-1] == 7
+    assert memory.committed_bytes == space.committed_bytes == 2 * G
+    assert memory.free_bytes == 2 * G
+    space.decommit(98 * G, 100 * G)
+    space.commit(0, G)
+    assert space.tensor.data_ptr() == address
+    assert (memory.committed_bytes, memory.peak_bytes) == (G, 2 * G)
+    space.close()
+    space.close()
+    assert memory.committed_bytes == 0
+    assert space.tensor.numel() == 0
+
+
+def test_the_budget_is_over_all_ranges_and_nothing_is_taken_beyond_it() -> None:
+    memory = DeviceMemory(CPU, 5 * G)
+    one, two = memory.reserve(4 * G), memory.reserve(4 * G)
+    one.commit(0, 3 * G, whole=True)
+    with pytest.raises(BudgetExceeded, match=r"budget .* free") as caught:
+        two.commit(0, 3 * G)
+    assert isinstance(caught.value, OutOfDeviceMemory)
+    assert caught.value.remedy
+    assert (memory.committed_bytes, two.committed_bytes) == (3 * G, 0)
+    two.commit(G, 3 * G)
+    assert memory.committed_bytes == memory.peak_bytes == memory.budget_bytes
+
+
+def test_pages_given_back_return_to_the_machine() -> None:
+    nbytes = 1024 * G  # 64 MiB
+    memory = DeviceMemory(CPU, nbytes)
+    space = memory.reserve(nbytes)
+    empty = rss()
+    space.commit(0, nbytes)
+    space.tensor.fill_(1)
+    assert rss() - empty > 0.9 * nbytes
+    space.decommit(0, nbytes // 2)
+    assert rss() - empty < 0.6 * nbytes
+    assert space.tensor[nbytes // 2] == 1
+    space.close()
+    assert rss() - empty < 0.1 * nbytes
+
+
+@given(st.data())
+def test_any_committed_granules_can_be_given_back_but_a_whole_part_only_as_one(
+    data: st.DataObject,
+) -> None:
+    """Compared with a plain list: the owner of each granule, 0 for none."""
+    granules, budget = 12, 8
+    memory = DeviceMemory(CPU, budget * G)
+    space = memory.reserve(granules * G)
+    owner = [0] * granules
+    for number in range(1, 15):
+        start = data.draw(st.integers(0, granules))
+        stop = data.draw(st.integers(start, granules))
+        parts = set(owner[start:stop])
+        if data.draw(st.booleans()):
+            whole = data.draw(st.booleans())
+            if parts - {0}:
+                with pytest.raises(ValueError, match="committed already"):
+                    space.commit(start * G, stop * G, whole=whole)
+            elif sum(map(bool, owner)) + stop - start > budget:
+                with pytest.raises(BudgetExceeded):
+                    space.commit(start * G, stop * G, whole=whole)
+            else:
+                space.commit(start * G, stop * G, whole=whole)
+                # A whole part has one owner, each granule of another its own.
+                owner[start:stop] = [
+                    number if whole else 100 * number + i for i in range(stop - start)
+                ]
+        else:
+            outside = set(owner[:start]) | set(owner[stop:])
+            if 0 in parts or parts & outside:
+                with pytest.raises(ValueError, match="whole committed parts"):
+                    space.decommit(start * G, stop * G)
+            else:
+                space.decommit(start * G, stop * G)
+                owner[start:stop] = [0] * (stop - start)
+        assert space.committed_bytes == memory.committed_bytes == sum(map(bool, owner)) * G
+    space.close()
+    assert memory.committed_bytes == 0
+
+
+class FakeDriver:
+    """Stands in for the CUDA driver: checks that its rules are kept, and fails on demand."""
+
+    granule = 2 << 20
+
+    def __init__(self) -> None:
+        self.reserved: dict[int, int] = {}
+        self.mapped: dict[int, tuple[int, object]] = {}
+        self.opened: set[tuple[int, int]] = set()
+        self.room = 1 << 40  # bytes
+
+    def reserve(self, nbytes: int) -> int:
+        assert nbytes % self.granule == 0
+        self.reserved[1 << 44] = nbytes
+        return 1 << 44
+
+    def free(self, address: int, nbytes: int) -> None:
+        assert not self.mapped
+        assert self.reserved.pop(address) == nbytes
+
+    def map(self, address: int, nbytes: int) -> object:
+        assert address not in self.mapped
+        if sum(size for size, _ in self.mapped.values()) + nbytes > self.room:
+            raise memory_module._DriverOutOfMemory("cuMemCreate failed")
+        handle = object()
+        self.mapped[address] = nbytes, handle
+        return handle
+
+    def open(self, address: int, nbytes: int) -> None:
+        self.opened.add((address, nbytes))
+
+    def unmap(self, address: int, nbytes: int, handle: object) -> None:
+        assert self.mapped.pop(address) == (nbytes, handle)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeDriver, DeviceMemory]:
+    """Device memory as on CUDA, without a GPU: the tensor over it has no bytes."""
+    driver = FakeDriver()
+    memory = DeviceMemory(CPU, 20 * driver.granule)
+    memory.granule = driver.granule
+    monkeypatch.setattr(memory, "_driver", driver)
+
+    def as_tensor(array: memory_module._CudaArray, device: torch.device) -> torch.Tensor:
+        address, _ = array.__cuda_array_interface__["data"]
+        assert driver.mapped.keys() == {address}  # or torch could not tell its device
+        assert driver.opened == {(address, driver.granule)}
+        return torch.empty(
+            array.__cuda_array_interface__["shape"], dtype=torch.uint8, device="meta"
+        )
+
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
+    return driver, memory
+
+
+def test_the_driver_maps_what_is_committed_and_nothing_else(
+    cuda: tuple[FakeDriver, DeviceMemory],
+) -> None:
+    driver, memory = cuda
+    g = driver.granule
+    space = memory.reserve(10 * g - 1)
+    base = 1 << 44
+    assert driver.reserved == {base: 10 * g}
+    assert space.tensor.shape == (10 * g,)
+    assert not driver.mapped
+    space.commit(0, 4 * g, whole=True)
+    space.commit(5 * g, 8 * g)
+    sizes = {(address - base) // g: size // g for address, (size, _) in driver.mapped.items()}
+    assert sizes == {0: 4, 5: 1, 6: 1, 7: 1}
+    assert driver.opened >= {(base, 4 * g), (base + 5 * g, 3 * g)}
+    space.decommit(6 * g, 7 * g)
+    assert len(driver.mapped) == 3
+    space.close()
+    assert not driver.mapped
+    assert not driver.reserved
+    assert memory.committed_bytes == 0
+
+
+def test_a_device_that_runs_out_below_the_budget_gives_back_what_it_gave(
+    cuda: tuple[FakeDriver, DeviceMemory],
+) -> None:
+    driver, memory = cuda
+    g = driver.granule
+    space = memory.reserve(10 * g)
+    space.commit(0, 2 * g, whole=True)
+    driver.room = 5 * g
+    with pytest.raises(OutOfDeviceMemory, match="out of memory") as caught:
+        space.commit(2 * g, 8 * g)
+    assert not isinstance(caught.value, BudgetExceeded)
+    assert caught.value.remedy
+    assert len(driver.mapped) == 1
+    assert memory.committed_bytes == space.committed_bytes == 2 * g
+    space.commit(7 * g, 10 * g)
+    space.decommit(0, 2 * g)
+    assert memory.committed_bytes == 3 * g
+
+
+@pytest.mark.parametrize("bounds", [(0, 1), (1, G), (-G, G), (2 * G, G), (0, 5 * G)])
+def test_only_granules_within_the_range_are_committed(bounds: tuple[int, int]) -> None:
+    memory = DeviceMemory(CPU, 10 * G)
+    space = memory.reserve(4 * G)
+    with pytest.raises(ValueError, match="multiples"):
+        space.commit(*bounds)
+    with pytest.raises(ValueError, match="multiples"):
+        space.decommit(*bounds)
+    assert memory.committed_bytes == 0
+
+
+def test_more_addresses_than_a_machine_has_are_refused_in_words() -> None:
+    with pytest.raises(MmrlError, match="does not give") as caught:
+        DeviceMemory(CPU, 1).reserve(1 << 60)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("nbytes", [0, -1])
+def test_nothing_cannot_be_reserved(nbytes: int) -> None:
+    with pytest.raises(ValueError):
+        DeviceMemory(CPU, 1).reserve(nbytes)
+    with pytest.raises(ValueError):
+        HostArena(nbytes, page_locked=False)
+
+
+def test_an_arena_has_exactly_the_size_asked_for_and_gives_it_back() -> None:
+    nbytes = (48 << 20) + 1234
+    empty = rss()
+    arena = HostArena(nbytes, page_locked=False)
+    assert (arena.tensor.numel(), arena.tensor.dtype) == (nbytes, torch.uint8)
+    assert rss() - empty < 0.1 * nbytes  # pages come with what is written
+    part = arena.tensor[-(40 << 20) :]
+    part.fill_(3)
+    assert (40 << 20) < rss() - empty < nbytes + (4 << 20)
+    arena.close()
+    arena.close()
+    assert rss() - empty < 0.1 * nbytes
+
+
+def test_an_arena_larger_than_the_machine_is_refused_in_words() -> None:
+    with pytest.raises(MmrlError, match="does not give") as caught:
+        HostArena(1 << 60, page_locked=False)
+    assert caught.value.remedy
+
+
+def test_bytes_are_copied_between_equal_tensors_only() -> None:
+    source = torch.arange(100, dtype=torch.uint8)
+    target = torch.zeros(100, dtype=torch.uint8)
+    copy_async(target[:40], source[20:60])
+    wait_for_stream(CPU)
+    assert target.tolist() == [*range(20, 60)] + [0] * 60
+    for dst, src in [
+        (target, source[:1]),  # would be broadcast
+        (target.float(), source.float()),
+        (target[::2], source[::2]),
+        (target.view(10, 10), source),
+    ]:
+        with pytest.raises(ValueError):
+            copy_async(dst, src)
+
+
+class Machine:
+    """Files as the kernel shows them, in a folder of the test's own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        monkeypatch.setattr(memory_module, "PROC", folder / "proc")
+        monkeypatch.setattr(memory_module, "CGROUPS", folder / "cgroup")
+        self.write("proc/meminfo", "MemTotal: 4000 kB\nMemAvailable:    3000 kB\n")
+
+    def write(self, path: str, text: str) -> None:
+        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / path).write_text(text)
+
+    def group2(self, path: str, limit: str, used: int, cache: int) -> None:
+        self.write(f"{path}/memory.max", f"{limit}\n")
+        self.write(f"{path}/memory.current", f"{used}\n")
+        self.write(f"{path}/memory.stat", f"anon 5\ninactive_file {cache}\n")
+
+    def group1(self, path: str, limit: int, used: int, cache: int) -> None:
+        self.write(f"{path}/memory.limit_in_bytes", f"{limit}\n")
+        self.write(f"{path}/memory.usage_in_bytes", f"{used}\n")
+        self.write(f"{path}/memory.stat", f"inactive_file 1\ntotal_inactive_file {cache}\n")
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path, monkeypatch)
+
+
+def test_without_control_groups_the_kernels_estimate_counts(machine: Machine) -> None:
+    assert host_available_bytes() == 3000 << 10
+    machine.write("proc/self/cgroup", "0::/some/where\n")
+    assert host_available_bytes() == 3000 << 10
+
+
+def test_the_tightest_group_of_version_2_counts_its_cache_excepted(machine: Machine) -> None:
+    machine.write("proc/self/cgroup", "0::/outer/inner\n")
+    machine.group2("cgroup/outer/inner", "max", 7, 0)
+    assert host_available_bytes() == 3000 << 10
+    machine.group2("cgroup/outer", "1000000", 700000, 50000)
+    assert host_available_bytes() == 350000
+    machine.group2("cgroup/outer/inner", "400000", 390000, 0)
+    assert host_available_bytes() == 10000
+    machine.group2("cgroup/outer/inner", "400000", 500000, 0)
+    assert host_available_bytes() == 0
+
+
+def test_a_group_of_version_1_counts_also_where_a_container_sees_only_its_own(
+    machine: Machine,
+) -> None:
+    machine.write("proc/self/cgroup", "3:cpu,memory:/docker/abc\n2:cpu:/x\n0::/\n")
+    machine.group1("cgroup/memory", 2000000, 600000, 100000)
+    assert host_available_bytes() == 1500000
+    machine.group1("cgroup/memory/docker/abc", 900000, 100000, 0)
+    assert host_available_bytes() == 800000
+    machine.group2("cgroup/unified", "300000", 0, 0)
+    assert host_available_bytes() == 300000
+
+
+def test_this_machine_has_some_memory_left_but_not_more_than_it_has() -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < host_available_bytes() < total

@@ -4,13 +4,14 @@ Run it on a machine with a GPU:
 
     python benchmarks/live_node.py --out benchmarks/results/live_node.json
 
-Each section prints its figures with the target beside them and is saved as soon as it is done. Models
-have real shapes and random weights; no files are needed. Peers (stock accelerate hooks, eager `generate`,
-transformers' continuous batching) run in the same process on the same weights.
+Each section prints its figures with the target beside them and is saved as soon as it is done.
+Models have real shapes and random weights; no files are needed. Peers (stock accelerate hooks,
+eager `generate`, transformers' continuous batching) run in the same process.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from mmrl.deploy.adapter import DeployAdapter, Verdict
 from mmrl.deploy.checkpoint import Checkpoint
 from mmrl.deploy.config import ServeConfig, build_config
 from mmrl.deploy.fleet import Fleet, open_fleet
@@ -36,27 +38,12 @@ SMALL, SEVEN, FOURTEEN = "llama3.2-3b", "qwen2.5-7b", "qwen2.5-14b"
 DEVICE = torch.device("cuda", 0)
 
 
-class Hands:
+class Hands(DeployAdapter):
     """An adapter that decides nothing: the benchmark acts on the node by hand."""
 
-    reverted, name, deadline_s, fallbacks = False, "by hand", 1.0, {}
-    wake: Callable[[], None]
-
-    def check(self, s: Any) -> None:
-        pass
-
-    prepare = check
-
-    def ask(self, nodes: Any, table: Any) -> None:
-        pass
-
-    def poll(self, nodes: Any, table: Any) -> Any:
-        from mmrl.deploy.adapter import Verdict
-
+    def poll(self, nodes: Any, table: Any) -> Verdict:
+        """Wait."""
         return Verdict(WAIT, "policy", 0.0)
-
-    def close(self) -> None:
-        pass
 
 
 class Bench:
@@ -77,13 +64,17 @@ class Bench:
         begun = time.perf_counter()
         self.fleet: Fleet = open_fleet(config, checkpoints=checkpoints)
         print(f"  {', '.join(names)}: in host memory after {time.perf_counter() - begun:.1f} s")
+        begun = time.perf_counter()
+        self.fleet.warm_up()
+        print(f"  warmed up after {time.perf_counter() - begun:.1f} s", flush=True)
         self.names, self.engine, self.node = names, self.fleet.engine, self.fleet.engine.node
         if by_hand:
-            hands = Hands()
-            hands.wake = lambda: None
-            self.engine.adapter = hands  # type: ignore[assignment]
+            given = self.engine.adapter
+            tables = given.decode_tables, given.prefill_tables
+            self.engine.adapter = Hands(given.champion, given.champion, *tables)
         self.times: dict[int, list[tuple[float, Tokens]]] = {}
         self.steps: list[tuple[int, int, int, float, float, float]] = []
+        self.transfers: list[Any] = []
         self.engine.emit = self._emit
         self.engine.watch = self._watch
         self.number = 0
@@ -92,9 +83,13 @@ class Bench:
     def _emit(self, items: list[tuple[int, Tokens]]) -> None:
         now = time.perf_counter()
         for number, tokens in items:
+            if tokens.finish is Finish.ERROR:
+                raise RuntimeError(tokens.error)
             self.times[number].append((now, tokens))
 
     def _watch(self, what: str, value: Any) -> None:
+        if what == "h2d":
+            self.transfers.append(value)
         if what == "iteration":
             job, done = value
             self.steps.append(
@@ -109,6 +104,7 @@ class Bench:
             )
 
     def submit(self, name: str, prompt: int, output: int) -> int:
+        """Submit a greedy request; return its number."""
         self.number += 1
         self.times[self.number] = []
         tokens = tuple(10 + (7 * i + self.number) % 200 for i in range(prompt))
@@ -147,6 +143,7 @@ class Bench:
         return time.perf_counter() - begun
 
     def finished(self, numbers: list[int]) -> bool:
+        """Return whether all of these requests have ended."""
         return all(self.times[n] and self.times[n][-1][1].finish is not None for n in numbers)
 
     def clear(self) -> None:
@@ -157,10 +154,12 @@ class Bench:
         self.steps.clear()
 
     def gaps(self, number: int, skip: int = 3) -> list[float]:
+        """Return the times between the tokens of a request, s."""
         times = [at for at, tokens in self.times[number] if tokens.tokens]
-        return [b - a for a, b in zip(times[skip:], times[skip + 1 :], strict=False)]
+        return [b - a for a, b in itertools.pairwise(times[skip:])]
 
     def close(self) -> None:
+        """Give everything back."""
         self.engine.close()
         self.fleet.close()
         gc.collect()
@@ -180,7 +179,9 @@ def section(name: str) -> Callable[[Callable[[], dict[str, Any]]], Callable[[], 
             RESULTS[name]["took_s"] = time.perf_counter() - begun
             for key, value in RESULTS[name].items():
                 print(f"  {key}: {value:.4g}" if isinstance(value, float) else f"  {key}: {value}")
-            write_json(OUT, RESULTS)
+            write_json(RESULT[0], RESULTS)
+            gc.collect()
+            torch.cuda.empty_cache()
 
         SECTIONS[name] = run
         return run
@@ -189,7 +190,7 @@ def section(name: str) -> Callable[[Callable[[], dict[str, Any]]], Callable[[], 
 
 
 SECTIONS: dict[str, Callable[[], None]] = {}
-OUT = Path("live_node.json")
+RESULT = [Path("live_node.json")]
 
 
 def timed(job: Callable[[], Any], repeats: int = 5) -> float:
@@ -248,10 +249,13 @@ def _() -> dict[str, Any]:
         for _ in range(5):
             times.append(bench.level(name, LEVEL_100))
             bench.act(name, OUT)
-            bench.until(lambda: bench.node.state.granted[0] == 0)
+            bench.until(lambda s=bench.node.state: s.granted[0] == 0)
         seconds = statistics.median(times)
         out[f"{name}_s"] = seconds
         out[f"{name}_of_link_rate (>= .95)"] = weights / seconds / link
+        pairs = list(itertools.pairwise(bench.transfers))
+        gaps = [(b.begun_ns - a.ended_ns) / 1e9 for a, b in pairs]
+        out[f"{name}: between pieces, s"] = statistics.median(gaps)
         bench.close()
     return out
 
@@ -265,7 +269,7 @@ def _() -> dict[str, Any]:
     weights, s = bench.engine.models[0].weights, bench.node.state
     for batch in (1, 8):
         for label, verb in (("0", LEVEL_0), ("1/2", LEVEL_50), ("3/4", LEVEL_75)):
-            if s.target[0] == s.pieces[0] or s.target[0] == 0 or True:
+            if s.target[0] != 1 + (int(s.pieces[0] - 1) * (verb - LEVEL_0) + 3) // 4:
                 bench.level(SEVEN, verb)
             numbers = [bench.submit(SEVEN, 128, 40) for _ in range(batch)]
             bench.until(lambda n=numbers: bench.finished(n))
@@ -312,9 +316,6 @@ def stock_offload() -> dict[int, float]:
                 model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
         times[batch] = timed(step, 3)
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
     return times
 
 
@@ -386,7 +387,6 @@ def _() -> dict[str, Any]:
     out: dict[str, Any] = {}
     bench = Bench([SEVEN], 60)
     bench.level(SEVEN, LEVEL_100)
-    bench.engine.models[0].runner.capture()
     memory = RESULTS["limits"]["memory_GBps"] * 1e9
     read = sum(bench.engine.models[0].weights.piece_bytes) - 152064 * 3584 * 2  # but the embeddings
     overhead = 0.0
@@ -395,11 +395,14 @@ def _() -> dict[str, Any]:
         begun = time.perf_counter()
         bench.until(lambda n=numbers: bench.finished(n))
         took = time.perf_counter() - begun
+        # Prefills and steps alternate: a batch is whole only when the last prompt is in.
+        numbers = [bench.submit(SEVEN, 256, 64 + 2 * batch) for _ in range(batch)]
+        bench.until(lambda n=numbers: bench.finished(n))
         steps = [step for step in bench.steps if step[1] == DECODE_STEP and step[2] == batch]
         step = statistics.median(step[3] for step in steps)
-        gaps = [b[4] - a[5] for a, b in zip(steps, steps[1:], strict=False)]
+        gaps = [b[4] - a[5] for a, b in itertools.pairwise(steps)]
         overhead = statistics.median(gaps) / step
-        kv = batch * 288 * bench.engine.models[0].pool.block_bytes / 16
+        kv = batch * (288 + batch) * bench.engine.models[0].pool.block_bytes / 16
         out[f"batch {batch}: step_s"] = step
         out[f"batch {batch}: of the memory's floor"] = step / ((read + kv) / memory)
         out[f"batch {batch}: between steps (<= .02)"] = overhead
@@ -441,9 +444,6 @@ def peers(ours: dict[str, Any]) -> dict[str, Any]:
     tokens = sum(len(answer.generated_tokens) for answer in answers.values())
     out["continuous batching of transformers, tokens/s"] = tokens / took
     out["times its throughput (>= 3)"] = ours["batch 64: tokens/s end to end"] / (tokens / took)
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
     return out
 
 
@@ -568,12 +568,12 @@ def _() -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=RESULT[0])
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), help="sections to run")
     arguments = parser.parse_args()
-    OUT = arguments.out
-    if OUT.exists():
-        RESULTS.update(json.loads(OUT.read_text()))
+    RESULT[0] = arguments.out
+    if RESULT[0].exists():
+        RESULTS.update(json.loads(RESULT[0].read_text()))
     wanted = arguments.only or list(SECTIONS)
     for name in dict.fromkeys(["limits", *wanted]):
         SECTIONS[name]()

@@ -9,6 +9,7 @@ Time is real, or (`SimulatedTime`) that of the cost model: then the same jobs ru
 simulator says so, and every decision can be compared with the simulator's.
 """
 
+import functools
 import queue
 import random
 import time
@@ -50,7 +51,7 @@ DECISIONS = 100  # that the engine remembers
 COMPUTE, LINK_BOUND, H2D, D2H = "compute", "link-bound", "h2d", "d2h"
 
 
-@dataclass
+@dataclass(eq=False)
 class ServedModel:
     """A model with everything that runs it.
 
@@ -112,6 +113,21 @@ class Job:
     submitted_ns: int
     gate: LinkBoundGate | None = None
     number: int = -1  # of the link-bound iteration
+
+
+@dataclass(eq=False)
+class Transfer:
+    """A transfer host to device that the worker has been given.
+
+    Attributes:
+        kind: LINK_LOAD, LINK_STREAM or LINK_RESTORE.
+        of: What it is for: the model, the gate of the link-bound iteration, or the sequence.
+        done: Its end, where it came before the state asked for the transfer.
+    """
+
+    kind: int
+    of: object
+    done: Done | None = None
 
 
 class Clock(Protocol):
@@ -229,6 +245,9 @@ class Engine:
         self._numbers: dict[int, Sequence_] = {}
         self._cancelling: list[Sequence_] = []
         self._new: list[Sequence_] = []
+        self._h2d: Transfer | None = None  # that the state knows to be on the link
+        self._ahead: Transfer | None = None  # queued behind it, before the state asks for it
+        self._saving = False
         self._streamed = 0  # layers of the link-bound iteration that went or go over the link
         self._on_host: set[Sequence_] = set()  # whose KV is saved, or being saved
         self._changed: list[int] = []  # rows whose KV blocks are still to be resized
@@ -333,8 +352,10 @@ class Engine:
             return
         while True:
             if isinstance(message, Done):
-                self.workers[message.worker].busy = False
-                self.ended[message.worker] = message
+                if message.tag is self._ahead and self._ahead is not None:
+                    self._ahead.done = message  # the state will come to it
+                elif message.worker != H2D or message.tag is self._h2d:
+                    self.ended[message.worker] = message
             elif message is not None:
                 self._messages.append(message)
             try:
@@ -360,7 +381,13 @@ class Engine:
         self._fail_on_transfer_errors(ended)
         node.advance(self.clock.now_ns(), h2d=H2D in ended, d2h=D2H in ended)
         for worker in ended & {H2D, D2H}:
-            del self.ended[worker]
+            done = self.ended.pop(worker)
+            if worker == H2D:
+                self._h2d = None
+            else:
+                self._saving = False
+            if self.watch is not None:
+                self.watch(worker, done)
         if COMPUTE in ended:
             self._end_compute(self.ended.pop(COMPUTE))
         elif self.foreseen_compute_end:
@@ -459,6 +486,7 @@ class Engine:
         job, self._link_bound = self._link_bound, None
         assert job is not None and job.gate is not None
         job.gate.close()
+        self._forget_ahead(job.gate)
         if done.error is not None:
             self._fail(job, done.error)
             return
@@ -562,14 +590,14 @@ class Engine:
             self.join(LINK_BOUND)
             del self.ended[LINK_BOUND]
             job.gate.close()
+            self._forget_ahead(job.gate)
             self._link_bound = None
             s.stream_hold = 0
         for m, model in enumerate(self.models):
             pieces, weights = int(s.granted[m]), model.weights
-            if pieces == 0 and weights.granted is not None:
-                weights.set_granted(None)
-            elif pieces < _pieces(weights):
-                weights.set_granted(weights.choose(pieces - 1))
+            if pieces < _pieces(weights):
+                self._forget_ahead(model)
+                weights.set_granted(weights.choose(pieces - 1) if pieces else None)
         for sequence in list(self._on_host):
             if self.node.requests[sequence.row]["state"] not in (SAVING, SAVED, RESTORING):
                 self._on_host.remove(sequence)
@@ -633,46 +661,95 @@ class Engine:
 
     def _start_transfers(self) -> None:
         s = self.node.state
-        h2d, d2h = self.workers[H2D], self.workers[D2H]
-        if s.h2d_kind != LINK_IDLE and not h2d.busy and H2D not in self.ended:
-            m = int(s.h2d_model)
-            model = self.models[m]
-            if s.h2d_kind == LINK_LOAD:
-                piece = model.weights.claim_piece(int(min(s.target[m], s.granted[m])) - 1)
-                assert piece is not None, (
-                    f"nothing to load: {s.landed[m]} of {s.granted[m]} granted and {s.target[m]} "
-                    f"wanted, but {sorted(model.weights.landed)} of {model.weights.granted}"
-                )
-                h2d.submit(lambda: model.weights.copy_piece(piece))
-            elif s.h2d_kind == LINK_STREAM:
-                h2d.submit(self._stream(model.weights))
+        if s.h2d_kind != LINK_IDLE and self._h2d is None:
+            kind = int(s.h2d_kind)
+            of = self._subject(kind)
+            if self._ahead is not None and (self._ahead.kind, self._ahead.of) == (kind, of):
+                self._h2d, self._ahead = self._ahead, None
+                if self._h2d.done is not None:
+                    self.inbox.put(self._h2d.done)
             else:
-                sequence = self._rows[int(s.h2d_request)]
-                h2d.submit(lambda: self.host_kv.restore(model.pool, sequence.number))
-        if s.d2h_request >= 0 and not d2h.busy and D2H not in self.ended:
+                self._h2d = self._send(kind, of)
+        self._look_ahead()
+        if s.d2h_request >= 0 and not self._saving:
             saved = self._rows[int(s.d2h_request)]
             if saved in self._on_host:  # restored and preempted again within one instant
                 self.host_kv.free(saved.number)
             self._on_host.add(saved)
             pool = self.models[saved.model].pool
-            d2h.submit(lambda: self.host_kv.save(pool, saved.number))
+            self._saving = True
+            self.workers[D2H].submit(lambda: self.host_kv.save(pool, saved.number))
 
-    def _stream(self, weights: ModelWeights) -> Callable[[], Any]:
-        """Return the job that sends the next layer of the link-bound iteration to its slot."""
-        job = self._link_bound
-        if job is None or job.gate is None:  # abandoned before the copy could begin
-            return lambda: None
-        gate, layer = job.gate, job.gate.streamed[self._streamed]
-        self._streamed += 1
+    def _subject(self, kind: int) -> object:
+        """Return what the transfer of the state is for."""
+        s = self.node.state
+        if kind == LINK_LOAD:
+            return self.models[int(s.h2d_model)]
+        if kind == LINK_STREAM:
+            return None if self._link_bound is None else self._link_bound.gate
+        return self._rows[int(s.h2d_request)]
+
+    def _send(self, kind: int, of: object) -> Transfer:
+        """Give the worker a transfer."""
+        transfer = Transfer(kind, of)
+        job: Callable[[], Any] = _nothing
+        if isinstance(of, ServedModel):
+            s, weights, m = self.node.state, of.weights, self.models.index(of)
+            piece = weights.claim_piece(int(min(s.target[m], s.granted[m])) - 1)
+            if piece is not None:  # or it came ahead, for a load that ended early
+                job = functools.partial(weights.copy_piece, piece)
+        elif isinstance(of, LinkBoundGate):
+            weights = self.models[int(self.node.state.lb_model)].weights
+            layer = of.streamed[self._streamed]
+            self._streamed += 1
+            job = functools.partial(weights.stream_layer, layer, of)
+        elif isinstance(of, Sequence_):
+            job = functools.partial(self.host_kv.restore, self.models[of.model].pool, of.number)
+        self.workers[H2D].submit(job, transfer)
         self._hold_stream()
-        return lambda: weights.stream_layer(layer, gate)
+        return transfer
+
+    def _look_ahead(self) -> None:
+        """Queue the transfer that surely comes next behind the one on the link.
+
+        The worker goes on without waiting for the loop. Where the state decides otherwise after
+        all, what came ahead is there when it comes to it.
+        """
+        s = self.node.state
+        if self._h2d is None or self._ahead is not None or not self.clock.real or s.restore_len:
+            return
+        of = self._h2d.of
+        streaming = s.lb_kind != IDLE and s.lb_layers > 0
+        if isinstance(of, ServedModel):
+            m = self.models.index(of)
+            left = min(s.target[m], s.granted[m]) - s.landed[m] - 1
+            if left > 0 and not streaming and s.load_len == 1 and s.load_queue[0] == m:
+                self._ahead = self._send(LINK_LOAD, of)
+        elif (
+            isinstance(of, LinkBoundGate)
+            and of is self._subject(LINK_STREAM)
+            and s.load_len == 0
+            and self._streamed < len(of.streamed)
+            and of.slot_free(self._streamed)
+        ):
+            self._ahead = self._send(LINK_STREAM, of)
+
+    def _forget_ahead(self, of: object) -> None:
+        """Wait for a transfer of something that has come ahead, and forget it."""
+        while self._ahead is not None and self._ahead.of is of:
+            if self._ahead.done is not None:
+                self._ahead = None
+                return
+            self.receive(60.0)
 
     def _hold_stream(self) -> None:
         """Let no further layer start on the link before its slot is free."""
         job = self._link_bound
         if job is None or job.gate is None or not self.clock.real:
             return
-        self.node.state.stream_hold = not job.gate.slot_free(self._streamed)
+        ahead = self._ahead is not None and self._ahead.of is job.gate
+        free = self._streamed < len(job.gate.streamed) and job.gate.slot_free(self._streamed)
+        self.node.state.stream_hold = not (ahead or free)
 
     def _start_iteration(self) -> bool:
         """Start the iteration that the state has given the device to.
@@ -766,6 +843,10 @@ class Engine:
             if sequence.row >= 0:
                 rows[sequence.row] = sequence
         self._rows = rows
+
+
+def _nothing() -> None:
+    """Do a transfer of which nothing is left to do."""
 
 
 def _pieces(weights: ModelWeights) -> int:

@@ -18,10 +18,11 @@ from mmrl.deploy.config import ModelConfig, ServeConfig
 from mmrl.deploy.engine import Clock, Engine, ServedModel
 from mmrl.deploy.hardware import device_name, find_device, platform_here, usable_bytes
 from mmrl.deploy.kv import HostKV, KVPool
-from mmrl.deploy.memory import DeviceMemory, HostArena, host_available_bytes
+from mmrl.deploy.memory import BudgetExceeded, DeviceMemory, HostArena, host_available_bytes
 from mmrl.deploy.node import LiveNode, ModelCosts, NodeNumbers
 from mmrl.deploy.protocol import ModelInfo, ModelState, NodeState
 from mmrl.deploy.runner import GraphPool, ModelRunner
+from mmrl.deploy.sampling import Choice
 from mmrl.deploy.weights import ModelWeights, StreamSlots, host_buffers, host_bytes
 from mmrl.errors import InputError
 from mmrl.node.actions import verb_names
@@ -52,6 +53,7 @@ class Fleet:
     device: torch.device
     started_s: float
     memory: DeviceMemory
+    _slots: StreamSlots
     _arenas: tuple[HostArena, ...]
 
     def close(self) -> None:
@@ -59,9 +61,33 @@ class Fleet:
         for model in self.engine.models:
             model.weights.close()
             model.pool.close()
+        self._slots.close()
+        self.memory.close()
         self.engine.host_kv.close()
         for arena in self._arenas:
             arena.close()
+
+    def warm_up(self) -> None:
+        """Run each model once before anybody waits: kernels are compiled and graphs captured.
+
+        Models that do not fit wholly are left out; they never use a graph.
+        """
+        for model in self.engine.models:
+            weights, pool = model.weights, model.pool
+            key = -1
+            try:
+                weights.set_granted(range(weights.layers))
+                pool.resize(key, 2)
+            except BudgetExceeded:
+                weights.set_granted(None)
+                continue
+            for piece in range(1 + weights.layers):
+                weights.copy_piece(piece)
+            for tokens in (BLOCK_TOKENS, 1):
+                model.runner.prefill([0] * tokens, 0, pool.table(key), Choice())
+            model.runner.capture()
+            pool.free(key)
+            weights.set_granted(None)
 
     def picture(self) -> NodeState:
         """Return a picture of the node now."""
@@ -244,7 +270,7 @@ def open_fleet(
         f"{sum(info.weight_bytes for info in infos) / 1e9:.1f} GB of weights; "
         f"policy {adapter.name} ({verbs})"
     )
-    return Fleet(engine, infos, tuple(notes), device, time.time(), memory, tuple(arenas))
+    return Fleet(engine, infos, tuple(notes), device, time.time(), memory, slots, tuple(arenas))
 
 
 def _read(

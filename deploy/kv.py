@@ -96,6 +96,12 @@ class KVPool:
         self._top = 0
         self.blocks = 0
         self.slack_bytes = 2 * self._unit
+        if self.device.type == "cuda":
+            # Triton refuses an address without memory behind it, and a pool is passed by its first.
+            first = self._units(0)
+            self._commit(first)
+            self._users[first] += 1
+            self.slack_bytes += (first.stop - first.start) * self._unit
 
     @property
     def committed_bytes(self) -> int:

@@ -8,6 +8,10 @@ CUDA this is the driver's virtual memory management; on a machine without a GPU 
 stands on an anonymous mapping, whose pages the kernel takes back on request. `DeviceMemory` counts
 what is committed against the budget of the node.
 
+On CUDA memory that is given back is kept for the next taker, in frames of a few sizes, and it stays
+mapped until somebody needs it (`_Frames`): the driver would wipe what is released to it, at a cost
+of 2 ms for each GB that slows copies down meanwhile, and unmapping takes time too.
+
 The host copy of the weights and the saved KV lie in a `HostArena`: a mapping of exactly the size
 asked for, page-locked where a GPU copies from it. (torch's own page-locked allocator rounds each
 allocation up to a power of two, and keeps what is freed.)
@@ -63,14 +67,14 @@ class DeviceMemory:
     """
 
     def __init__(self, device: torch.device, budget_bytes: int) -> None:
-        self._driver: _Driver | None = None
+        self._frames: _Frames | None = None
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             device = torch.device("cuda", index)
-            self._driver = _Driver(index)
+            self._frames = _Frames(_Driver(index), budget_bytes)
         self.device = device
         self.budget_bytes = budget_bytes
-        self.granule = CPU_GRANULE if self._driver is None else self._driver.granule
+        self.granule = CPU_GRANULE if self._frames is None else self._frames.driver.granule
         self.committed_bytes = 0
         self.peak_bytes = 0
         self._lock = threading.RLock()
@@ -95,9 +99,14 @@ class DeviceMemory:
         """
         if nbytes < 1:
             raise ValueError(f"cannot reserve {nbytes} bytes")
-        if self._driver is None:
+        if self._frames is None:
             return _CpuRange(self, self.round_up(nbytes))
-        return _CudaRange(self, self.round_up(nbytes), self._driver)
+        return _CudaRange(self, self.round_up(nbytes), self._frames)
+
+    def close(self) -> None:
+        """Give the memory back that is kept for the next taker; all ranges are closed by now."""
+        if self._frames is not None:
+            self._frames.close()
 
     def _take(self, nbytes: int) -> None:
         if self.committed_bytes + nbytes > self.budget_bytes:
@@ -136,7 +145,7 @@ class VirtualRange(ABC):
         self._taken = bytearray(nbytes // self.granule)  # 1 for each committed granule
         self._parts: dict[int, int] = {}  # start -> stop of each part that is mapped as one
 
-    def commit(self, start: int, stop: int, *, whole: bool = False) -> None:
+    def commit(self, start: int, stop: int, *, whole: bool = False, later: bool = False) -> None:
         """Put memory behind the bytes from start to stop; all of it or, on an error, nothing.
 
         Args:
@@ -144,6 +153,7 @@ class VirtualRange(ABC):
             stop: A multiple of the granule.
             whole: Map it as one part: quick, but it can only be decommitted as a whole. Otherwise
                 each granule can be decommitted by itself.
+            later: Count it now, and put memory behind it by `materialise` before it is used.
 
         Raises:
             BudgetExceeded: It goes beyond the budget.
@@ -161,10 +171,9 @@ class VirtualRange(ABC):
             parts = list(pairwise(cuts))
             mapped = 0
             try:
-                for part in parts:
+                for part in [] if later else parts:
                     self._map(*part)
                     mapped += 1
-                self._open(start, stop)
             except BaseException:
                 for part in parts[:mapped]:
                     self._unmap(*part)
@@ -172,6 +181,18 @@ class VirtualRange(ABC):
                 raise
             self._parts.update(parts)
             self._mark(start, stop, taken=True)
+
+    def materialise(self, start: int, stop: int) -> None:
+        """Put memory behind a part that was committed for later; does nothing twice.
+
+        Raises:
+            OutOfDeviceMemory: The device itself has no such memory left.
+            ValueError: The bounds are not those of a committed part.
+        """
+        with self._memory._lock:
+            if self._parts.get(start) != stop:
+                raise ValueError(f"{start}..{stop} is not a committed part")
+            self._map(start, stop)
 
     def decommit(self, start: int, stop: int) -> None:
         """Give the memory behind the bytes from start to stop back. Nothing may use it any more.
@@ -224,15 +245,11 @@ class VirtualRange(ABC):
 
     @abstractmethod
     def _map(self, start: int, stop: int) -> None:
-        """Put memory behind a part."""
-
-    @abstractmethod
-    def _open(self, start: int, stop: int) -> None:
-        """Make mapped parts that follow each other accessible."""
+        """Put memory behind a part; nothing to do where it is there already."""
 
     @abstractmethod
     def _unmap(self, start: int, stop: int) -> None:
-        """Give the memory of a part back."""
+        """Give the memory of a part back, if it has any."""
 
     @abstractmethod
     def _free(self) -> None:
@@ -250,9 +267,6 @@ class _CpuRange(VirtualRange):
     def _map(self, start: int, stop: int) -> None:
         pass
 
-    def _open(self, start: int, stop: int) -> None:
-        pass
-
     def _unmap(self, start: int, stop: int) -> None:
         self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
@@ -261,23 +275,24 @@ class _CpuRange(VirtualRange):
 
 
 class _CudaRange(VirtualRange):
-    """Addresses reserved with the driver, and an allocation of its own behind each part."""
+    """Addresses reserved with the driver, and frames behind each part."""
 
-    def __init__(self, memory: DeviceMemory, nbytes: int, driver: "_Driver") -> None:
+    def __init__(self, memory: DeviceMemory, nbytes: int, frames: "_Frames") -> None:
         super().__init__(memory, nbytes)
-        self._driver = driver
-        self._handles: dict[int, Any] = {}
+        self._frames = frames
+        driver = frames.driver
         self._address = driver.reserve(nbytes)
         try:
             # torch asks the driver which device the first address belongs to, and it knows that
             # of mapped memory only. It never asks again.
-            self._map(0, self.granule)
-            try:
-                self._open(0, self.granule)
-                interface = _CudaArray(self._address, nbytes)
-                self.tensor = torch.as_tensor(interface, device=memory.device)
-            finally:
-                self._unmap(0, self.granule)
+            with memory._lock:
+                frames.map(self._address, self.granule)
+                try:
+                    interface = _CudaArray(self._address, nbytes)
+                    self.tensor = torch.as_tensor(interface, device=memory.device)
+                finally:
+                    frames.drop(self._address)
+                    frames.unmap_within(self._address, nbytes)
         except BaseException:
             driver.free(self._address, nbytes)
             raise
@@ -286,10 +301,10 @@ class _CudaRange(VirtualRange):
         memory = self._memory
         try:
             try:
-                self._handles[start] = self._driver.map(self._address + start, stop - start)
+                self._frames.map(self._address + start, stop - start)
             except _DriverOutOfMemory:
                 torch.cuda.empty_cache()  # what torch keeps for later may be what is missing
-                self._handles[start] = self._driver.map(self._address + start, stop - start)
+                self._frames.map(self._address + start, stop - start)
         except _DriverOutOfMemory as error:
             raise OutOfDeviceMemory(
                 f"{memory.device} is out of memory: {_gb(stop - start)} asked for while "
@@ -298,14 +313,136 @@ class _CudaRange(VirtualRange):
                 "lower the memory budget, or stop what else uses the device",
             ) from error
 
-    def _open(self, start: int, stop: int) -> None:
-        self._driver.open(self._address + start, stop - start)
-
     def _unmap(self, start: int, stop: int) -> None:
-        self._driver.unmap(self._address + start, stop - start, self._handles.pop(start))
+        self._frames.drop(self._address + start)
 
     def _free(self) -> None:
-        self._driver.free(self._address, self.nbytes)
+        with self._memory._lock:
+            self._frames.unmap_within(self._address, self.nbytes)
+            self._frames.driver.free(self._address, self.nbytes)
+
+
+class _Frames:
+    """The physical memory of a device, in frames that go from one place to the next.
+
+    A part is backed by as few frames as its size allows. When it is dropped its frames stay where
+    they are, for the part may come back first; they are unmapped when another needs them.
+
+    Args:
+        driver: Of the device.
+        limit_bytes: Most bytes of frames.
+
+    Attributes:
+        driver: As given.
+        total_bytes: Of all frames, in use or not.
+    """
+
+    SIZES = (64 << 20, 8 << 20)  # and the granule
+
+    def __init__(self, driver: "_Driver", limit_bytes: int) -> None:
+        self.driver = driver
+        self.total_bytes = 0
+        self._limit_bytes = limit_bytes
+        self._sizes = (*self.SIZES, driver.granule)
+        self._free: dict[int, list[Any]] = {size: [] for size in self._sizes}
+        self._used: dict[int, list[tuple[int, Any]]] = {}  # address -> sizes and handles
+        self._stale: dict[int, list[tuple[int, Any]]] = {}  # the same, in order of dropping
+
+    def map(self, address: int, nbytes: int) -> None:
+        """Back a part with memory; nothing to do if it is, or if its frames are still there."""
+        if address in self._used:
+            return
+        frames = self._stale.pop(address, None)
+        if frames is not None:
+            if sum(size for size, _ in frames) == nbytes:
+                self._used[address] = frames
+                return
+            self._unmap(address, frames)
+        self.unmap_within(address, nbytes)
+        frames = []
+        try:
+            at = address
+            for size in self._cut(nbytes):
+                handle = self._take(size)
+                try:
+                    self.driver.map(at, size, handle)
+                except BaseException:
+                    self._free[size].append(handle)
+                    raise
+                frames.append((size, handle))
+                at += size
+            self.driver.open(address, nbytes)
+        except BaseException:
+            self._unmap(address, frames)
+            raise
+        self._used[address] = frames
+
+    def drop(self, address: int) -> None:
+        """Let the frames of a part go, if it has any."""
+        frames = self._used.pop(address, None)
+        if frames is not None:
+            self._stale[address] = frames
+
+    def unmap_within(self, address: int, nbytes: int) -> None:
+        """Unmap what has been dropped within some addresses."""
+        for start in [start for start in self._stale if address <= start < address + nbytes]:
+            self._unmap(start, self._stale.pop(start))
+
+    def _cut(self, nbytes: int) -> list[int]:
+        sizes = []
+        for size in self._sizes:
+            count, nbytes = divmod(nbytes, size)
+            sizes += [size] * count
+        return sizes
+
+    def _take(self, size: int) -> Any:
+        """Return an unmapped frame of a size."""
+        while not self._free[size]:
+            room = self.total_bytes + size <= self._limit_bytes
+            if not room and self._find(size):
+                continue
+            try:
+                handle = self.driver.create(size)
+            except _DriverOutOfMemory:  # others use the device too
+                if not self._find(size):
+                    raise
+                continue
+            self.total_bytes += size
+            return handle
+        return self._free[size].pop()
+
+    def _find(self, size: int) -> bool:
+        """Make one step towards a free frame of a size; return whether there was one to make."""
+        fitting = (at for at, frames in self._stale.items() if size in [one for one, _ in frames])
+        at = next(fitting, None)
+        spare = next((other for other in self._sizes if self._free[other]), None)
+        if at is None and spare is not None:
+            self._release(spare)  # makes room for one of the other size
+            return True
+        if at is None:
+            at = next(iter(self._stale), None)
+        if at is None:
+            return False
+        self._unmap(at, self._stale.pop(at))
+        return True
+
+    def close(self) -> None:
+        """Give all frames back to the driver; none may be in use."""
+        for at in list(self._stale):
+            self._unmap(at, self._stale.pop(at))
+        for size in self._sizes:
+            while self._free[size]:
+                self._release(size)
+
+    def _release(self, size: int) -> None:
+        self.driver.release(self._free[size].pop())
+        self.total_bytes -= size
+
+    def _unmap(self, address: int, frames: list[tuple[int, Any]]) -> None:
+        for size, handle in frames:
+            self.driver.unmap(address, size)
+            self._free[size].append(handle)
+            address += size
 
 
 class _CudaArray:
@@ -359,21 +496,20 @@ class _Driver:
     def free(self, address: int, nbytes: int) -> None:
         self._call("cuMemAddressFree", address, nbytes)
 
-    def map(self, address: int, nbytes: int) -> Any:
-        handle = self._call("cuMemCreate", nbytes, self._kind, 0)
-        try:
-            self._call("cuMemMap", address, nbytes, 0, handle, 0)
-        except BaseException:
-            self._call("cuMemRelease", handle)
-            raise
-        return handle
+    def create(self, nbytes: int) -> Any:
+        return self._call("cuMemCreate", nbytes, self._kind, 0)
+
+    def release(self, handle: Any) -> None:
+        self._call("cuMemRelease", handle)
+
+    def map(self, address: int, nbytes: int, handle: Any) -> None:
+        self._call("cuMemMap", address, nbytes, 0, handle, 0)
 
     def open(self, address: int, nbytes: int) -> None:
         self._call("cuMemSetAccess", address, nbytes, [self._access], 1)
 
-    def unmap(self, address: int, nbytes: int, handle: Any) -> None:
+    def unmap(self, address: int, nbytes: int) -> None:
         self._call("cuMemUnmap", address, nbytes)
-        self._call("cuMemRelease", handle)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         # A thread that has not used CUDA yet has no context.

@@ -13,7 +13,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -92,6 +92,8 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
             if kind == "stop":
                 return
 
+    if fleet.device.type == "cuda":
+        fleet.warm_up()
     pipe.send(("ready", fleet.infos, fleet.notes))
     threading.Thread(target=read, name="pipe", daemon=True).start()
     engine.begin()
@@ -190,7 +192,7 @@ class EngineClient:
         self._launch()
         await self._started
 
-    async def generate(self, request: Generate) -> AsyncIterator[Tokens]:
+    async def generate(self, request: Generate) -> AsyncGenerator[Tokens, None]:
         """Run a request; the last item has ``finish``. Closing the iterator cancels it.
 
         Raises:

@@ -4,7 +4,7 @@ Plain values that can cross a process boundary: requests in, token events out, s
 node for pages and metrics. Nothing here imports torch.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -221,7 +221,7 @@ class Engine(Protocol):
     def state(self) -> NodeState | None:
         """Return the last picture of the node; None before the first."""
 
-    def generate(self, request: Generate) -> AsyncIterator[Tokens]:
+    def generate(self, request: Generate) -> AsyncGenerator[Tokens, None]:
         """Run a request; the last item has ``finish``. Closing the iterator cancels it.
 
         Raises:
@@ -230,8 +230,10 @@ class Engine(Protocol):
         """
 
     async def command(self, name: str, model: str | None = None) -> dict[str, Any]:
-        """Do what an operator asks: ``pin``, ``unpin``, ``preload``, ``release``, ``revert``
-        (the champion decides), ``restore`` (the policy decides again).
+        """Do what an operator asks.
+
+        ``pin``, ``unpin``, ``preload`` and ``release`` (from quarantine) a model; ``revert``: the
+        champion decides; ``restore``: the policy decides again.
 
         Raises:
             InputError: It is unknown, or not possible.

@@ -13,6 +13,7 @@ A slot is filled again as soon as the layer in it has been computed. Outside of 
 iteration no hook is attached and every parameter points at its own place.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -313,7 +314,7 @@ class ModelWeights:
         taken = []
         try:
             for piece in sorted(added):
-                self._range.commit(*self._bounds(piece), whole=True)
+                self._range.commit(*self._bounds(piece), whole=True, later=True)
                 taken.append(piece)
         except BaseException:
             for piece in taken:
@@ -337,7 +338,10 @@ class ModelWeights:
                 raise RuntimeError(f"piece {piece} is loaded without memory granted for it")
             self._copying.add(piece)
         try:
-            self._copy(piece, self._range.tensor[self._starts[piece] :])
+            self._range.materialise(*self._bounds(piece))
+            self._start_copy(piece, self._range.tensor[self._starts[piece] :])
+            self._prepare_next()  # while the copy runs
+            wait_for_stream(self._device)
             with self._slots.condition:
                 self.landed |= {piece}
                 self._slots.condition.notify_all()
@@ -437,12 +441,25 @@ class ModelWeights:
         if layer in gate.streamed:
             self._fill_slot(layer, gate)
         else:
+            self._range.materialise(*self._bounds(layer + 1))
             self._copy(layer + 1, self._range.tensor[self._starts[layer + 1] :])
 
     def _copy(self, piece: int, place: torch.Tensor) -> None:
+        self._start_copy(piece, place)
+        wait_for_stream(self._device)
+
+    def _start_copy(self, piece: int, place: torch.Tensor) -> None:
         source = self._host[piece]
         copy_async(place[: source.numel()], source)
-        wait_for_stream(self._device)
+
+    def _prepare_next(self) -> None:
+        """Put memory behind the piece that is probably loaded next."""
+        with self._slots.condition:
+            here = self.landed | self._copying
+            pieces = sorted(self._granted_pieces() - here)
+        if pieces:
+            with contextlib.suppress(ValueError):  # given back in the meantime
+                self._range.materialise(*self._bounds(pieces[0]))
 
     def _granted_pieces(self) -> frozenset[int]:
         if self.granted is None:

@@ -1,4 +1,4 @@
-"""`Worker`: a thread that does one slow thing at a time and reports its end.
+"""`Worker`: a thread that does one slow thing after the other and reports the end of each.
 
 A job is a plain function that returns when its work is done on the device, so that the engine's
 loop sees only beginnings and ends. On CUDA each worker has a stream of its own for its whole life.
@@ -24,6 +24,7 @@ class Done:
         error: What it raised, or None.
         begun_ns: When it began, on the clock of ``time.monotonic_ns``.
         ended_ns: When it ended.
+        tag: What the job was submitted with.
     """
 
     worker: str
@@ -31,10 +32,11 @@ class Done:
     error: BaseException | None
     begun_ns: int
     ended_ns: int
+    tag: Any = None
 
 
 class Worker:
-    """One thread, one job at a time.
+    """One thread; jobs are done in the order in which they come.
 
     Args:
         name: Of the worker; its `Done` messages carry it.
@@ -51,17 +53,14 @@ class Worker:
         high_priority: bool = False,
     ) -> None:
         self.name = name
-        self.busy = False
         self._device, self._inbox, self._high_priority = device, inbox, high_priority
-        self._jobs: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job: Callable[[], Any]) -> None:
-        """Start a job; the worker must not be busy. The loop clears ``busy`` on `Done`."""
-        assert not self.busy, f"{self.name} is busy"
-        self.busy = True
-        self._jobs.put(job)
+    def submit(self, job: Callable[[], Any], tag: Any = None) -> None:
+        """Have a job done; its `Done` carries the tag."""
+        self._jobs.put((job, tag))
 
     def close(self) -> None:
         """Let the thread end after its job and wait for it, at most some seconds."""
@@ -74,10 +73,13 @@ class Worker:
             priority = -1 if self._high_priority else 0
             torch.cuda.set_stream(torch.cuda.Stream(self._device, priority))  # type: ignore[no-untyped-call]
         with torch.inference_mode():
-            while (job := self._jobs.get()) is not None:
+            while (order := self._jobs.get()) is not None:
+                job, tag = order
                 begun, result, error = time.monotonic_ns(), None, None
                 try:
                     result = job()
                 except Exception as caught:  # the loop decides what it means
                     error = caught
-                self._inbox.put(Done(self.name, result, error, begun, time.monotonic_ns()))
+                ended = time.monotonic_ns()
+                self._inbox.put(Done(self.name, result, error, begun, ended, tag))
+                del job, order, result, error

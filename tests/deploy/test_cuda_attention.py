@@ -185,7 +185,7 @@ def test_graphs_outlive_their_memory(graph_pool: GraphPool) -> None:
             [token] = runner.decode([DecodeInput(token, position, pool.table(1), GREEDY)], True)
         seen.append(tuple(out))
         pool.free(1)
-        assert memory.committed_bytes == 0
+        assert pool.blocks == 0 and memory.committed_bytes <= pool.slack_bytes
     assert seen == [generated("llama", 40, 1, 20)] * 3
 
 

@@ -4,6 +4,7 @@ import mmap
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -128,76 +129,149 @@ class FakeDriver:
     granule = 2 << 20
 
     def __init__(self) -> None:
+        self.next = 1 << 44
         self.reserved: dict[int, int] = {}
+        self.sizes: dict[object, int] = {}  # of the frames that exist
         self.mapped: dict[int, tuple[int, object]] = {}
         self.opened: set[tuple[int, int]] = set()
+        self.calls = 0  # of map and unmap
         self.room = 1 << 40  # bytes
 
     def reserve(self, nbytes: int) -> int:
         assert nbytes % self.granule == 0
-        self.reserved[1 << 44] = nbytes
-        return 1 << 44
+        self.next += 1 << 40
+        self.reserved[self.next] = nbytes
+        return self.next
 
     def free(self, address: int, nbytes: int) -> None:
-        assert not self.mapped
+        assert not any(address <= at < address + nbytes for at in self.mapped)
         assert self.reserved.pop(address) == nbytes
 
-    def map(self, address: int, nbytes: int) -> object:
-        assert address not in self.mapped
-        if sum(size for size, _ in self.mapped.values()) + nbytes > self.room:
+    def create(self, nbytes: int) -> object:
+        if sum(self.sizes.values()) + nbytes > self.room:
             raise memory_module._DriverOutOfMemory("cuMemCreate failed")
         handle = object()
-        self.mapped[address] = nbytes, handle
+        self.sizes[handle] = nbytes
         return handle
+
+    def release(self, handle: object) -> None:
+        assert handle not in [mapped for _, mapped in self.mapped.values()]
+        del self.sizes[handle]
+
+    def map(self, address: int, nbytes: int, handle: object) -> None:
+        ends = [(at, at + size) for at, (size, _) in self.mapped.items()]
+        assert all(stop <= address or address + nbytes <= start for start, stop in ends)
+        assert self.sizes[handle] == nbytes
+        assert handle not in [mapped for _, mapped in self.mapped.values()]
+        self.mapped[address] = nbytes, handle
+        self.calls += 1
 
     def open(self, address: int, nbytes: int) -> None:
         self.opened.add((address, nbytes))
 
-    def unmap(self, address: int, nbytes: int, handle: object) -> None:
-        assert self.mapped.pop(address) == (nbytes, handle)
+    def unmap(self, address: int, nbytes: int) -> None:
+        assert self.mapped.pop(address)[0] == nbytes
+        self.calls += 1
+
+    def covers(self, address: int, nbytes: int) -> bool:
+        """Whether there is memory behind all of some addresses."""
+        at = address
+        while at < address + nbytes:
+            if at not in self.mapped:
+                return False
+            at += self.mapped[at][0]
+        return at == address + nbytes
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeDriver, DeviceMemory]:
     """Device memory as on CUDA, without a GPU: the tensor over it has no bytes."""
     driver = FakeDriver()
-    memory = DeviceMemory(CPU, 20 * driver.granule)
+    memory = DeviceMemory(CPU, 100 * driver.granule)
     memory.granule = driver.granule
-    monkeypatch.setattr(memory, "_driver", driver)
+    monkeypatch.setattr(memory, "_frames", memory_module._Frames(driver, memory.budget_bytes))
 
     def as_tensor(array: memory_module._CudaArray, device: torch.device) -> torch.Tensor:
         address, _ = array.__cuda_array_interface__["data"]
-        assert driver.mapped.keys() == {address}  # or torch could not tell its device
-        assert driver.opened == {(address, driver.granule)}
-        return torch.empty(
-            array.__cuda_array_interface__["shape"], dtype=torch.uint8, device="meta"
-        )
+        assert driver.covers(address, driver.granule)  # or torch could not tell its device
+        shape = array.__cuda_array_interface__["shape"]
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
 
     monkeypatch.setattr(torch, "as_tensor", as_tensor)
     return driver, memory
 
 
-def test_the_driver_maps_what_is_committed_and_nothing_else(
+def base_of(space: memory_module.VirtualRange) -> int:
+    return int(space._address)  # type: ignore[attr-defined]
+
+
+def test_there_is_memory_behind_what_is_committed(cuda: tuple[FakeDriver, DeviceMemory]) -> None:
+    driver, memory = cuda
+    g = driver.granule
+    space = memory.reserve(50 * g - 1)
+    base = base_of(space)
+    assert driver.reserved == {base: 50 * g}
+    assert space.tensor.shape == (50 * g,)
+    space.commit(0, 39 * g, whole=True)  # frames of 64, 8 and 2 MiB
+    assert driver.covers(base, 39 * g) and (base, 39 * g) in driver.opened
+    assert sorted(size // g for size, _ in driver.mapped.values()) == [1, 1, 1, 4, 32]
+    space.commit(40 * g, 45 * g, whole=True, later=True)
+    assert not driver.covers(base + 40 * g, 5 * g) and memory.committed_bytes == 44 * g
+    space.materialise(40 * g, 45 * g)
+    assert driver.covers(base + 40 * g, 5 * g)
+    with pytest.raises(ValueError, match="not a committed part"):
+        space.materialise(45 * g, 46 * g)
+    space.close()
+    memory.close()
+    assert not driver.mapped and not driver.reserved and not driver.sizes
+    assert memory.committed_bytes == 0
+
+
+def test_what_comes_back_before_anybody_needs_it_is_not_mapped_again(
     cuda: tuple[FakeDriver, DeviceMemory],
 ) -> None:
     driver, memory = cuda
     g = driver.granule
-    space = memory.reserve(10 * g - 1)
-    base = 1 << 44
-    assert driver.reserved == {base: 10 * g}
-    assert space.tensor.shape == (10 * g,)
-    assert not driver.mapped
-    space.commit(0, 4 * g, whole=True)
-    space.commit(5 * g, 8 * g)
-    sizes = {(address - base) // g: size // g for address, (size, _) in driver.mapped.items()}
-    assert sizes == {0: 4, 5: 1, 6: 1, 7: 1}
-    assert driver.opened >= {(base, 4 * g), (base + 5 * g, 3 * g)}
-    space.decommit(6 * g, 7 * g)
-    assert len(driver.mapped) == 3
-    space.close()
-    assert not driver.mapped
-    assert not driver.reserved
-    assert memory.committed_bytes == 0
+    space = memory.reserve(50 * g)
+    space.commit(0, 40 * g, whole=True)
+    calls = driver.calls
+    for _ in range(3):
+        space.decommit(0, 40 * g)
+        space.commit(0, 40 * g, whole=True)
+    assert driver.calls == calls and driver.covers(base_of(space), 40 * g)
+
+
+def test_frames_move_and_never_exceed_the_budget(cuda: tuple[FakeDriver, DeviceMemory]) -> None:
+    driver, memory = cuda
+    g = driver.granule
+    rng = np.random.default_rng(0)
+    spaces = [memory.reserve(90 * g) for _ in range(3)]
+    parts = [
+        [(0, 36), (36, 60), (60, 67)],
+        [(0, 33), (33, 66)],
+        [(k, k + 4) for k in range(0, 88, 4)],
+    ]
+    held: set[tuple[int, int, int]] = set()
+    for _ in range(2_000):
+        k = int(rng.integers(3))
+        start, stop = parts[k][int(rng.integers(len(parts[k])))]
+        part = (k, start, stop)
+        if part in held:
+            spaces[k].decommit(start * g, stop * g)
+            held.remove(part)
+        else:
+            try:
+                spaces[k].commit(start * g, stop * g, whole=True)
+            except BudgetExceeded:
+                continue
+            held.add(part)
+        assert sum(driver.sizes.values()) <= memory.budget_bytes
+        for k, start, stop in held:
+            assert driver.covers(base_of(spaces[k]) + start * g, (stop - start) * g)
+    for space in spaces:
+        space.close()
+    memory.close()
+    assert not driver.sizes
 
 
 def test_a_device_that_runs_out_below_the_budget_gives_back_what_it_gave(
@@ -205,14 +279,13 @@ def test_a_device_that_runs_out_below_the_budget_gives_back_what_it_gave(
 ) -> None:
     driver, memory = cuda
     g = driver.granule
-    space = memory.reserve(10 * g)
+    space = memory.reserve(20 * g)
     space.commit(0, 2 * g, whole=True)
     driver.room = 5 * g
     with pytest.raises(OutOfDeviceMemory, match="out of memory") as caught:
         space.commit(2 * g, 8 * g)
     assert not isinstance(caught.value, BudgetExceeded)
     assert caught.value.remedy
-    assert len(driver.mapped) == 1
     assert memory.committed_bytes == space.committed_bytes == 2 * g
     space.commit(7 * g, 10 * g)
     space.decommit(0, 2 * g)

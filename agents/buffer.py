@@ -83,6 +83,10 @@ class Samples(NamedTuple):
     advantages: th.Tensor
     returns: th.Tensor
 
+    def at(self, rows: th.Tensor) -> "Samples":
+        """Return some of them."""
+        return Samples(*(array[rows] for array in self))
+
 
 class EventTimeRolloutBuffer(MaskableRolloutBuffer):
     """A rollout of ``buffer_size`` decisions of each of ``n_envs`` nodes.
@@ -167,23 +171,20 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         array: npt.NDArray[Any] = getattr(self, name)
         return th.from_numpy(array.reshape(-1, *array.shape[2:]))
 
-    def minibatches(self, batch_size: int, chunk_size: int) -> Iterator[list[Samples]]:
-        """Yield minibatches in random order, each as chunks that fit the processor's cache.
-
-        Advantages are those of `normalised`.
-        """
+    def samples(self) -> Samples:
+        """Return all decisions of the rollout; advantages are those of `normalised`."""
         assert self.full, "the rollout is not complete"
-        advantages = th.from_numpy(normalised(self.advantages).reshape(-1))
-        arrays = (
+        return Samples(
             self.flat("observations"),
             self.flat("actions"),
             self.flat("action_masks"),
             self.flat("log_probs"),
-            advantages,
+            th.from_numpy(normalised(self.advantages).reshape(-1)),
             self.flat("returns"),
         )
+
+    def minibatches(self, batch_size: int, chunk_size: int) -> Iterator[tuple[th.Tensor, ...]]:
+        """Yield minibatches in random order, each as the rows of chunks of at most a size."""
         order = th.randperm(self.buffer_size * self.n_envs)
         for batch in th.split(order, batch_size):
-            yield [
-                Samples(*(array[rows] for array in arrays)) for rows in th.split(batch, chunk_size)
-            ]
+            yield th.split(batch, chunk_size)

@@ -6,9 +6,9 @@ no lock, and no part depends on another, so that results do not depend on the nu
 The whole state can be taken and set, for training that continues exactly where it stopped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from mmrl.errors import InputError
 from mmrl.rules import Rule
 from mmrl.scenarios.schema import Scenario
 
+T = TypeVar("T")
 Indices = Any
 SMALLEST_PART = 16  # nodes; below that, threads cost more than they bring
 
@@ -82,17 +83,22 @@ class TrainingNodes(VecEnv):
         self.layout = self.parts[0].layout
         self.last_dt_s = np.zeros(num_envs)
         self.last_reward_terms = np.zeros((num_envs, 2))
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
         ends = np.cumsum(sizes)
+        self._masks: npt.NDArray[np.bool_] | None = None  # of now, where they are known
         self._slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
         super().__init__(num_envs, self.layout.observation_space, self.layout.action_space)
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, bool[N, A]."""
-        return np.concatenate(list(self._pool.map(lambda part: part.action_masks(), self.parts)))
+        if self._masks is None:
+            self._masks = np.concatenate([part.action_masks() for part in self.parts])
+        return self._masks
 
     def reset(self) -> Floats:
         """Draw an episode for each node."""
+        self._masks = None
         return np.concatenate([np.asarray(part.reset()) for part in self.parts])
 
     def step_async(self, actions: npt.NDArray[np.int64]) -> None:
@@ -104,8 +110,9 @@ class TrainingNodes(VecEnv):
         self,
     ) -> tuple[Floats, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:
         """Do the step on all parts."""
-        results = list(self._pool.map(lambda part: part.step_wait(), self.parts))
-        observations, rewards, dones, infos = zip(*results, strict=True)
+        results = self._on_threads(lambda part: (*part.step_wait(), part.action_masks()))
+        observations, rewards, dones, infos, masks = zip(*results, strict=True)
+        self._masks = np.concatenate(masks)
         self.last_dt_s = np.concatenate([part.last_dt_s for part in self.parts])
         self.last_reward_terms = np.concatenate([part.last_reward_terms for part in self.parts])
         return (
@@ -114,6 +121,19 @@ class TrainingNodes(VecEnv):
             np.concatenate(dones),
             [info for part in infos for info in part],
         )
+
+    def _on_threads(self, work: Callable[[MultiModelServingVecEnv], T]) -> list[T]:
+        """Return what ``work`` gives for each part; every thread, this one too, does its share.
+
+        Each gets its parts at once: waking a thread takes as long as a few dozen decisions.
+        """
+
+        def share(first: int) -> list[T]:
+            return [work(part) for part in self.parts[first :: self._threads]]
+
+        others = [self._pool.submit(share, k) for k in range(1, self._threads)]
+        results = {0: share(0)} | {k: other.result() for k, other in enumerate(others, 1)}
+        return [results[k % self._threads][k // self._threads] for k in range(len(self.parts))]
 
     def env_method(
         self, method_name: str, *args: Any, indices: Indices = None, **kwargs: Any
@@ -154,6 +174,7 @@ class TrainingNodes(VecEnv):
             prefix = f"{k}."
             mine = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
             part.set_state(mine)
+        self._masks = None
         return np.concatenate([np.asarray(part.batch.observe()) for part in self.parts])
 
 

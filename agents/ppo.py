@@ -192,12 +192,17 @@ class EventTimePPO(MaskablePPO):
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
         parameters = list(policy.parameters())
+        samples = self.rollout_buffer.samples()
         statistics: list[th.Tensor] = []
+
+        def gradients_of(rows: th.Tensor) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
+            return self._gradients(samples.at(rows), parameters)
+
         for _ in range(self.n_epochs):
             assert self.batch_size is not None
             for batch in self.rollout_buffer.minibatches(self.batch_size, CHUNK):
-                size = sum(len(chunk.actions) for chunk in batch)
-                results = pool.map(lambda chunk: self._gradients(chunk, parameters), batch)
+                size = sum(map(len, batch))
+                results = pool.map(gradients_of, batch)
                 total: tuple[th.Tensor, ...] = ()
                 for gradients, found in results:
                     total = (

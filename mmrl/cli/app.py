@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("mmrl.cli.train", "Train a PPO scheduler on scenarios."),
     "evaluate": ("mmrl.cli.evaluate", "Compare policies on the same arrivals."),
     "report": ("mmrl.cli.report", "Write one HTML report about runs."),
+    "serve": ("mmrl.cli.serve", "Serve several models on one device, OpenAI-compatible."),
     "replay": ("mmrl.cli.replay", "Send a workload to a live server and record every token."),
     "tune": ("mmrl.cli.tune", "Tune a hand-written policy."),
     "scenarios": ("mmrl.cli.scenarios", "List and show scenarios."),

@@ -275,7 +275,9 @@ def settle_memory(s: Record, r: Nodes) -> None:
     for m in range(s.n_models):
         if s.joining[m] > 0 and not step_in_flight(s, m):
             join_restored(s, r, m)
-        if s.target[m] == 0 and s.begun_len[m] > 0 and not computes(s, m):
+        # Mostly all that a model which is out has begun is saved, and nothing left to suspend.
+        active = s.decoding[m] > 0 or s.prefilling[m] >= 0 or s.restore_len > 0
+        if s.target[m] == 0 and active and not computes(s, m):
             suspend(s, r, m)
         if s.granted[m] > s.target[m] and at_rest(s, m):
             release(s, m)

@@ -127,13 +127,24 @@ def clip(x: float) -> float:
 
 
 @jit
-def estimated_rate(s: Record, m: int, average: float, horizon_s: float) -> float:
-    """Return arrivals/s of model ``m``: the average, decayed and corrected for its start."""
+def filled(s: Record, horizon_s: float) -> float:
+    """Return which share of an average over ``horizon_s`` the time since the start has filled."""
+    return float(1.0 - np.exp(-(s.now_ns * 1e-9 + 1.0) / horizon_s))
+
+
+@jit
+def corrected_rate(s: Record, m: int, average: float, horizon_s: float, share: float) -> float:
+    """Return arrivals/s of model ``m``: the average, decayed, over the share that is filled."""
     if s.rate_ns[m] < 0:
         return 0.0
-    now_s = s.now_ns * 1e-9
     decayed = average * np.exp(-(s.now_ns - s.rate_ns[m]) * 1e-9 / horizon_s)
-    return float(decayed / (1.0 - np.exp(-(now_s + 1.0) / horizon_s)))
+    return float(decayed / share)
+
+
+@jit
+def estimated_rate(s: Record, m: int, average: float, horizon_s: float) -> float:
+    """Return arrivals/s of model ``m``: the average, decayed and corrected for its start."""
+    return corrected_rate(s, m, average, horizon_s, filled(s, horizon_s))
 
 
 @jit
@@ -182,20 +193,18 @@ def tpot_ahead_ns(s: Record, request: Record, generated: int) -> int:
 
 
 @jit
-def observe_node(s: Record, r: Nodes, out: npt.NDArray[np.float32]) -> None:
-    """Write the node's features into ``out[:N_GLOBAL]``."""
+def observe_node(s: Record, r: Nodes, arrivals: float, out: npt.NDArray[np.float32]) -> None:
+    """Write the node's features into ``out[:N_GLOBAL]``; arrivals is the rate of all models."""
     budget = s.budget_bytes
     backlog = 0
     lacking = 0
     running = 0
     weights = 0
-    arrivals = 0.0
     for m in range(s.n_models):
         backlog += load_left_ns(s, m)
         lacking += lacks_weights(s, m)
         running += s.decoding[m] > 0
         weights += weight_bytes(s, m, s.pieces[m])
-        arrivals += estimated_rate(s, m, s.rate_long[m], RATE_LONG_S)
     out[0] = free_bytes(s) / budget
     out[1] = clip(releasing_bytes(s, r) / budget)
     out[2] = clip(promised_bytes(s) / budget)
@@ -311,10 +320,12 @@ def observe_batch(
 
 
 @jit
-def observe_traffic(s: Record, m: int, out: npt.NDArray[np.float32]) -> None:
+def observe_traffic(
+    s: Record, m: int, rate_short: float, rate_long: float, out: npt.NDArray[np.float32]
+) -> None:
     """Write the features of the traffic and the marks of model ``m`` into ``out[26:30, 36:44]``."""
-    out[26] = squash(estimated_rate(s, m, s.rate_short[m], RATE_SHORT_S), 1.0)
-    out[27] = squash(estimated_rate(s, m, s.rate_long[m], RATE_LONG_S), 1.0)
+    out[26] = squash(rate_short, 1.0)
+    out[27] = squash(rate_long, 1.0)
     out[28] = squash((s.now_ns - s.used_ns[m]) * 1e-9, 10.0) if s.used_ns[m] >= 0 else 1.0
     out[29] = squash((s.now_ns - s.rate_ns[m]) * 1e-9, 10.0) if s.rate_ns[m] >= 0 else 1.0
     out[36] = s.focus == m
@@ -345,10 +356,16 @@ def observe(
         out: float32[observation_size(max_models)], with ``max_models >= s.n_models``.
     """
     out[:] = 0.0
-    observe_node(s, r, out)
+    filled_short = filled(s, RATE_SHORT_S)  # exponentials are dear: each is taken once
+    filled_long = filled(s, RATE_LONG_S)
+    arrivals = 0.0
     for m in range(s.n_models):
         block = out[N_GLOBAL + m * N_MODEL : N_GLOBAL + (m + 1) * N_MODEL]
         observe_weights(s, m, block)
         observe_queue(s, r, m, prefill_tables, block)
         observe_batch(s, r, m, decode_tables, block)
-        observe_traffic(s, m, block)
+        rate_short = corrected_rate(s, m, s.rate_short[m], RATE_SHORT_S, filled_short)
+        rate_long = corrected_rate(s, m, s.rate_long[m], RATE_LONG_S, filled_long)
+        arrivals += rate_long
+        observe_traffic(s, m, rate_short, rate_long, block)
+    observe_node(s, r, arrivals, out)

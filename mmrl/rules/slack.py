@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmrl.node.actions import level_pieces, missing_bytes, room_bytes
-from mmrl.node.jit import jit
+from mmrl.node.jit import jit, jit_arrays
 from mmrl.node.memory import has_work, idle_bytes, load_seconds
 from mmrl.node.observe import load_ns
 from mmrl.node.state import MAX_MODELS, NEVER, CostTable, Nodes, Record
@@ -67,7 +67,7 @@ class Slack(Rule):
 PATIENCE, MARGIN, RESIDENCY, ABSENCE, SERVICE, DOOMED, LONGEST_WAIT = range(7)
 
 
-@jit
+@jit_arrays
 def suggest(
     s: Record,
     r: Nodes,
@@ -177,7 +177,7 @@ def load_most_urgent(s: Record, r: Nodes, prefill_tables: CostTable) -> int:
     return action
 
 
-@jit
+@jit_arrays
 def choose_victims(
     s: Record,
     r: Nodes,

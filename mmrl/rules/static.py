@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from mmrl.node.jit import jit
+from mmrl.node.jit import jit_arrays
 from mmrl.node.memory import weight_bytes
 from mmrl.node.state import MAX_MODELS, CostTable, Nodes, Record
 from mmrl.rules import gdsf
@@ -32,7 +32,7 @@ class Static(Rule):
     kv_share: float = tunable(0.1, 0.02, 0.5)
 
 
-@jit
+@jit_arrays
 def pin(
     s: Record, r: Nodes, warm_up_ns: float, kv_share: float, pinned: npt.NDArray[np.int8]
 ) -> None:
@@ -61,7 +61,7 @@ def pin(
             pinned[best] = 1
 
 
-@jit
+@jit_arrays
 def suggest(
     s: Record,
     r: Nodes,

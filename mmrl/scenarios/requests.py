@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mmrl.node.jit import jit
+from mmrl.node.jit import jit, jit_arrays
 from mmrl.node.state import CHUNK_TOKENS, SEGMENT_STEPS, UNARRIVED
 from mmrl.profiles.costs import decode_ns, prefill_chunk_ns
 from mmrl.scenarios.targets import TargetNumbers, targets_ns
@@ -72,7 +72,7 @@ def decode_alone_ns(table: NDArray[np.float64], scale: float, prompt: int, outpu
     return steps * decode_ns(table, scale, 1, prompt + (2 * grown + steps) // (2 * steps))
 
 
-@jit
+@jit_arrays
 def mean_service_s(
     lengths: LengthTable,
     decode_tables: NDArray[np.float64],
@@ -102,7 +102,7 @@ def mean_service_s(
     return result
 
 
-@jit
+@jit_arrays
 def recorded_service_s(
     trace: TraceArrays,
     models: int,
@@ -134,7 +134,7 @@ def recorded_service_s(
     return result
 
 
-@jit
+@jit_arrays
 def sample_requests(
     rng: np.random.Generator,
     ranges: WorkloadRanges,
@@ -189,7 +189,7 @@ def sample_requests(
     return len(drawn.arrival_ns), rate, drawn.dropped
 
 
-@jit
+@jit_arrays
 def replay_requests(
     trace: TraceArrays,
     period_ns: int,

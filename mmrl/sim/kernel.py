@@ -16,7 +16,7 @@ from mmrl.node.actions import (
     settle_memory,
     some_verb_legal,
 )
-from mmrl.node.jit import jit
+from mmrl.node.jit import jit, jit_arrays
 from mmrl.node.memory import has_work, take_blocks
 from mmrl.node.observe import RATE_LONG_S, RATE_SHORT_S
 from mmrl.node.requests import (
@@ -528,7 +528,7 @@ def next_decision(
             return
 
 
-@jit
+@jit_arrays
 def advance(s: Record, r: Nodes, decode_tables: CostTable, prefill_tables: CostTable) -> None:
     """Let time pass to the next decision at which a verb is legal, or to the end of the episode."""
     ready = np.zeros(len(s.target), dtype=np.int8)

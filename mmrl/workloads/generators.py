@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from mmrl.errors import InputError
-from mmrl.node.jit import jit
+from mmrl.node.jit import jit_arrays
 from mmrl.workloads.lengths import (
     BATCH_WORK,
     DEFAULT_CONTEXT_LIMIT_TOKENS,
@@ -238,7 +238,7 @@ class WorkloadSpec(BaseModel):
         return draw_workload(rng, self.ranges, models)
 
 
-@jit
+@jit_arrays
 def draw_workload(rng: np.random.Generator, ranges: WorkloadRanges, models: int) -> DrawnWorkload:
     """Draw the workload of one episode of `models` models; compiled form of `WorkloadSpec.draw`.
 
@@ -276,7 +276,7 @@ def draw_workload(rng: np.random.Generator, ranges: WorkloadRanges, models: int)
     )
 
 
-@jit
+@jit_arrays
 def generate(
     rng: np.random.Generator,
     rates_per_s: NDArray[np.float64],
@@ -347,7 +347,7 @@ def generate(
     return out
 
 
-@jit
+@jit_arrays
 def _model_arrivals(
     rng: np.random.Generator,
     rates_per_s: NDArray[np.float64],
@@ -411,12 +411,12 @@ def _model_arrivals(
     return times, n
 
 
-@jit
+@jit_arrays
 def _uniform(rng: np.random.Generator, range_: NDArray[np.float64]) -> float:
     return float(range_[0] + (range_[1] - range_[0]) * rng.random())
 
 
-@jit
+@jit_arrays
 def _shuffle(rng: np.random.Generator, values: NDArray[np.float64]) -> None:
     for last in range(len(values) - 1, 0, -1):
         other = int(rng.random() * (last + 1))

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmrl.errors import InputError, unknown
-from mmrl.node.jit import jit
+from mmrl.node.jit import jit_arrays
 
 DEFAULT_CONTEXT_LIMIT_TOKENS = 8192
 EMPIRICAL = "empirical"
@@ -126,7 +126,7 @@ def length_table(
     return LengthTable(rows, pool, context_limit_tokens)
 
 
-@jit
+@jit_arrays
 def sample_lengths(
     rng: np.random.Generator,
     row: NDArray[np.float64],
@@ -151,7 +151,7 @@ def sample_lengths(
     return prompt_tokens, output_tokens
 
 
-@jit
+@jit_arrays
 def sample_many(
     rng: np.random.Generator, table: LengthTable, row_of: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:

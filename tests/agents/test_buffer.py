@@ -101,12 +101,12 @@ def test_minibatches_hold_every_decision_once_with_normal_advantages() -> None:
         np.zeros((8, 5), np.float32), np.zeros(5, np.float32), np.zeros((8, 5), np.float32)
     )
     batches = list(buffer.minibatches(16, 6))
-    assert [[len(chunk.actions) for chunk in batch] for batch in batches] == [
+    assert [[len(rows) for rows in batch] for batch in batches] == [
         [6, 6, 4],
         [6, 6, 4],
         [6, 2],
     ]
-    chunks = [chunk for batch in batches for chunk in batch]
+    chunks = [buffer.samples().at(rows) for batch in batches for rows in batch]
     marks = np.concatenate([chunk.old_log_prob.numpy() for chunk in chunks])
     assert sorted(marks.tolist()) == list(range(40))
     for chunk in chunks:

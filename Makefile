@@ -37,7 +37,7 @@ check: test lint types
 	@$(PYTHON) -m venv .venv
 	@$(RUN) pip install --disable-pip-version-check --constraint constraints.txt hatchling
 	@$(RUN) pip install --disable-pip-version-check --constraint constraints.txt \
-	  --no-build-isolation --editable '.[dev]'
+	  --no-build-isolation --editable '.[dev,serve]'
 	@touch $@
 
 # .venv and runs/ stay.

@@ -133,15 +133,24 @@ class Prefill(Step):
         table: Blocks of the sequence, int32.
         start: Tokens in the pool already.
         tokens: Tokens of the chunk.
+        count: How many of them are real, int32 ``[1]`` (on a GPU only, with ``start`` 0): padding
+            follows, whose slots are -1 and whose results mean nothing. None for all.
     """
 
     def __init__(
-        self, data: torch.Tensor, slots: torch.Tensor, table: torch.Tensor, start: int, tokens: int
+        self,
+        data: torch.Tensor,
+        slots: torch.Tensor,
+        table: torch.Tensor,
+        start: int,
+        tokens: int,
+        count: torch.Tensor | None = None,
     ) -> None:
         super().__init__(data, slots)
         self.table = table
         self.start = start
         self.tokens = tokens
+        self.count = count
 
     def _by_token(self, states: torch.Tensor) -> torch.Tensor:
         return states[0].transpose(0, 1)
@@ -169,6 +178,7 @@ class Prefill(Step):
                 query[0].transpose(0, 1),
                 self.table,
                 self.start,
+                self.count,
                 scale,
                 window,
                 softcap,

@@ -195,11 +195,12 @@ def open_fleet(
         )
 
     workspace = max(profile.workspace_bytes for profile in profiles)
+    slot_bytes = max(checkpoint.layer_bytes for checkpoint in opened) if full_verbs else 0
+    _check_budget(config, opened, budget, workspace + 2 * slot_bytes, full_verbs)
     memory = DeviceMemory(device, budget - workspace)
-    slots = StreamSlots(memory, max(c.layer_bytes for c in opened) if full_verbs else 0)
+    slots = StreamSlots(memory, slot_bytes)
     pools = [KVPool(memory, c.layers, c.kv_heads, c.head_dim, c.dtype) for c in opened]
     reserve = workspace + slots.device_bytes + sum(pool.slack_bytes for pool in pools)
-    _check_budget(config, opened, budget, reserve, full_verbs)
     served, costs, arenas, graphs = [], [], [], GraphPool()
     for m, (model, checkpoint, profile) in enumerate(
         zip(config.models, opened, profiles, strict=True)

@@ -1,9 +1,10 @@
 """Attention over a paged KV pool on a GPU, as Triton kernels.
 
-Three things that torch has no operation for: writing new keys and values into the blocks of many
+What torch has no operation for: writing new keys and values into the blocks of many
 sequences at once; one query per sequence against ragged, paged contexts (*decode*); and a chunk of
 queries of one sequence with a sliding window or soft-capped scores (*prefill*; without them torch's
-flash kernel is faster).
+flash kernel is faster). A fourth, `copy`, takes a few numbers between host and device: a copy
+engine would have them wait behind the gigabytes that another stream is moving.
 
 Decode follows flash-decoding: a context is split among programs so that one long sequence fills the
 GPU too, each program keeps a running softmax over its part, and a second kernel merges the parts by
@@ -11,7 +12,8 @@ their log-sum-exp. How many parts a context really has is worked out on the devi
 the grid depends on shapes alone, so that a CUDA graph of it serves any lengths. The query heads of
 a group share a program and with it the loaded keys and values.
 
-A row of length 0 is padding: nothing is read or written for it and its output is zero.
+A row of length 0 is padding: nothing is read or written for it and its output is zero. So it is for
+tokens of a prefill beyond the count that it reads on the device.
 """
 
 # Triton has no types and is there only where torch has a GPU.
@@ -25,6 +27,13 @@ import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
 MAX_SPLITS = 64
 _WAVES = 4  # programs per multiprocessor that a decode grid aims at
+
+
+@triton.jit(do_not_specialize=["count"])
+def _copy(source: tl.tensor, target: tl.tensor, count: tl.tensor, EACH: tl.constexpr) -> None:
+    """Copy ``EACH`` numbers."""
+    n = tl.program_id(0) * EACH + tl.arange(0, EACH)
+    tl.store(target + n, tl.load(source + n, mask=n < count), mask=n < count)
 
 
 @triton.jit
@@ -193,6 +202,7 @@ def _prefill(
     value_pool: tl.tensor,
     table: tl.tensor,
     out: tl.tensor,
+    count: tl.tensor,
     tokens: tl.tensor,
     start: tl.tensor,
     scale: tl.tensor,
@@ -226,7 +236,10 @@ def _prefill(
         other=0.0,
     )
     position = start + m
-    end = start + tl.minimum((tile_of_queries + 1) * ROWS, tokens)
+    real = tokens
+    if count is not None:
+        real = tl.load(count)
+    end = start + tl.minimum((tile_of_queries + 1) * ROWS, real)
     begin = 0
     if WINDOW:
         begin = tl.maximum(start + tile_of_queries * ROWS - window + 1, 0)
@@ -265,9 +278,11 @@ def _prefill(
             weights.to(values.dtype), values, input_precision=PRECISION
         )
         top = new_top
+    # Padding is not left as it is: in later layers a NaN of it would reach the real tokens.
+    attended = tl.where((m < real)[:, None], attended / total[:, None], 0.0)
     tl.store(
         out + (m.to(tl.int64) * heads + query_index)[:, None] * DIM + d[None, :],
-        (attended / total[:, None]).to(out.dtype.element_ty),
+        attended.to(out.dtype.element_ty),
         mask=inside,
     )
 
@@ -291,6 +306,19 @@ def decode_splits(rows: int, kv_heads: int, multiprocessors: int) -> int:
     """
     wanted = triton.cdiv(_WAVES * multiprocessors, rows * kv_heads)
     return int(min(triton.next_power_of_2(wanted), MAX_SPLITS))
+
+
+def copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy numbers between the device and page-locked host memory, as a kernel.
+
+    Args:
+        source: Contiguous, one-dimensional.
+        target: Likewise, of its type and size.
+
+    Raises:
+        ValueError: One of them is host memory that the device cannot address.
+    """
+    _copy[(triton.cdiv(len(source), 1024),)](source, target, len(source), EACH=1024, num_warps=4)
 
 
 def write(
@@ -428,6 +456,7 @@ def prefill(
     query: torch.Tensor,
     table: torch.Tensor,
     start: int,
+    count: torch.Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -440,6 +469,7 @@ def prefill(
         query: Queries, ``[tokens, heads, head_dim]``.
         table: Blocks of the sequence, int32.
         start: Position of the first query.
+        count: How many queries are real, int32 ``[1]``; those after them are padding. None for all.
         scale: Factor of the scores.
         window: Width of a sliding window, the query's own token included.
         softcap: Bound of the scores.
@@ -458,6 +488,7 @@ def prefill(
         values,
         table,
         out,
+        count,
         tokens,
         start,
         scale,

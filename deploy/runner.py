@@ -2,17 +2,21 @@
 
 The host prepares all inputs of an iteration as int32 in one staging buffer and sends them in one
 copy. Block tables are packed one after the other, so that what is copied grows with the tokens that
-are there and not with the longest possible context.
+are there and not with the longest possible context. On a GPU a small copy is made by a kernel that
+addresses the page-locked buffer itself: a copy engine would have it wait behind the gigabytes of
+weights that another thread is moving.
 
-On a GPU a decode step of a resident model replays a CUDA graph, one for each of some batch sizes: a
-step of a 7B model launches over a thousand small kernels, and launched one by one they take longer
-than the reading of the weights. A graph names addresses only; weights and KV lie at addresses that
-outlive evictions, and what changes from step to step is read from the staging buffer, so a graph
-once captured stays good. Rows of a graph beyond the batch have length 0 and touch nothing.
+On a GPU a decode step of a resident model, and a short chunk that begins a sequence, replay a CUDA
+graph, one for each of some batch sizes and chunk lengths: a step of a 7B model launches over a
+thousand small kernels, and launched one by one they take longer than the reading of the weights. A
+graph names addresses only; weights and KV lie at addresses that outlive evictions, and what changes
+from step to step is read from the staging buffer, so a graph once captured stays good. Rows of a
+graph beyond the batch have length 0 and touch nothing. Tokens of a graph beyond the chunk are
+computed and thrown away: they come after the real ones, which do not see them, and have no slot.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +31,16 @@ from mmrl.deploy.sampling import Choice, choose, forbid
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MAX_BATCH = BATCH_SIZES[-1]
+CHUNK_SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 
 # Rows of a decode step in the staging buffer, MAX_BATCH numbers each; the packed tables follow.
 _TOKEN, _POSITION, _LENGTH, _SLOT, _START, _NO_EOS = range(6)
 _HEADER = 6 * MAX_BATCH
+# A chunk there: these numbers, its tokens, their slots and the table, each part aligned.
+_COUNT, _LAST, _CHUNK_NO_EOS = range(3)
 _ALIGNMENT = 4  # numbers: kernels are compiled apart for addresses that are no multiple of 16 bytes
+_CHUNK_HEADER = _ALIGNMENT
+_KERNEL_COPY_BYTES = 64 << 10  # of larger ones the copy engine is faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +64,34 @@ class GraphPool:
     """Device memory that the CUDA graphs of all models of a device share.
 
     They may: no two of them run at once, and none leaves anything there for another.
-
-    Attributes:
-        lock: Held while a graph is captured.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         self._handle: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
-    @property
-    def handle(self) -> Any:
-        """Return torch's name of the memory pool."""
-        if self._handle is None:
-            self._handle = torch.cuda.graph_pool_handle()
-        return self._handle
+    def capture(self, run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+        """Return the graph of what a function launches; it is called a few times."""
+        graph = torch.cuda.CUDAGraph()
+        with self._lock:
+            if self._stream is None:
+                self._handle = torch.cuda.graph_pool_handle()
+                # One for all graphs: cuBLAS keeps a workspace for each stream it has seen.
+                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._stream):
+                for _ in range(2):  # what is set up at a first call is not part of the graph
+                    run()
+                self._stream.synchronize()
+            # Other threads go on using the device meanwhile.
+            with torch.cuda.graph(
+                graph,
+                pool=self._handle,
+                stream=self._stream,
+                capture_error_mode="thread_local",
+            ):
+                run()
+        return graph
 
 
 class ModelRunner:
@@ -100,7 +122,8 @@ class ModelRunner:
         self._eos = torch.tensor(sorted(set(eos)), dtype=torch.int64, device=device)
         blocks_each = -(-max_context // BLOCK_TOKENS)
         tables = min(pool.capacity, MAX_BATCH * blocks_each)
-        size = max(_HEADER + tables, 2 * (max_context + _ALIGNMENT) + blocks_each)
+        chunk = _CHUNK_HEADER + 2 * (max_context + _ALIGNMENT) + blocks_each
+        size = max(_HEADER + tables, chunk)
         cuda = device.type == "cuda"
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=cuda)
         self._words: npt.NDArray[np.int32] = self._host.numpy()
@@ -108,8 +131,13 @@ class ModelRunner:
         self._chosen = torch.zeros(MAX_BATCH, dtype=torch.int64, device=device)
         self._answer = torch.zeros(MAX_BATCH, dtype=torch.int64, pin_memory=cuda)
         self._graph_pool = graph_pool if cuda and not _depends_on_lengths(module) else None
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
+        self._chunk_graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by chunk size
+        # Padding must not go where a model with learned positions has none.
+        longest = max_context if self._graph_pool is not None else 0
+        self._chunk_sizes = [size for size in CHUNK_SIZES if size <= longest]
         self._logits: torch.Tensor | None = None  # of the last graph, [MAX_BATCH, vocabulary]
+        self._copies_by_kernel = cuda
         self._multiprocessors = 0
         if cuda:
             self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -118,7 +146,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill(
-        self, tokens: Sequence[int], start: int, table: Table, sampling: Choice | None
+        self,
+        tokens: Sequence[int],
+        start: int,
+        table: Table,
+        sampling: Choice | None,
+        resident: bool = False,
     ) -> int | None:
         """Compute a chunk of a sequence, whose earlier tokens are in the pool.
 
@@ -127,40 +160,32 @@ class ModelRunner:
             start: Position of the first.
             table: Blocks of the sequence, with room for them.
             sampling: How the token after the chunk is chosen; None if none is wanted.
+            resident: All weights are on the device at their own addresses: a graph may be used.
 
         Returns:
             The next token, or None. The device has done everything by then.
         """
         count = len(tokens)
-        blocks = -(-(start + count) // BLOCK_TOKENS)
         table = np.asarray(table, np.int32)
-        if not count or blocks > len(table):
+        if not count or start + count > len(table) * BLOCK_TOKENS:
             raise ValueError(f"{count} tokens from {start} do not fit {len(table)} blocks")
-        words = self._words
-        positions = np.arange(start, start + count)
-        first_slot = -(-count // _ALIGNMENT) * _ALIGNMENT
-        first_block = 2 * first_slot
-        end = first_block + blocks
-        words[:count] = tokens
-        words[first_slot : first_slot + count] = _slots(table, positions)
-        words[first_block:end] = table[:blocks]
-        staged = self._send(end)
-        slots, sent_table = staged[first_slot : first_slot + count], staged[first_block:end]
-        step = Prefill(self._pool.data, slots, sent_table, start, count)
-        inputs = {
-            "input_ids": staged[None, :count].long(),
-            "position_ids": torch.arange(start, start + count, device=self._device)[None],
-            "use_cache": False,
-            "paged_step": step,
-        }
+        size = count
+        graph = None
+        padded = next((size for size in self._chunk_sizes if size >= count), None)
+        if resident and start == 0 and padded is not None:
+            size = padded
+            graph = self._chunk_graphs.get(size) or self._capture_chunk(size)
+        staged = self._send(self._pack_chunk(tokens, start, table, sampling, size))
+        if graph is None:
+            logits = self._chunk(staged, size, start, wanted=sampling is not None)
+        else:
+            graph.replay()
+            logits = self._logits
         if sampling is None:
-            self._module.base_model(**inputs)
             self._wait()
             return None
-        logits = self._module(**inputs, logits_to_keep=1).logits[:, -1]
-        if sampling.no_eos:
-            forbid(logits, self._eos, torch.ones(1, dtype=torch.bool, device=self._device))
-        return self._receive(choose(logits, [sampling], [start + count]))[0]
+        assert logits is not None
+        return self._choose(logits, [sampling], [start + count])[0]
 
     @torch.inference_mode()
     def decode(self, batch: Sequence[DecodeInput], resident: bool) -> list[int]:
@@ -189,25 +214,93 @@ class ModelRunner:
             graph.replay()
             assert self._logits is not None
             logits = self._logits
-        choices = [one.sampling for one in batch]
-        if all(choice.greedy for choice in choices):
-            return self._receive(self._chosen[:rows])
-        return self._receive(
-            choose(logits[:rows], choices, [one.position + 1 for one in batch]),
+        return self._choose(
+            logits, [one.sampling for one in batch], [one.position + 1 for one in batch]
         )
 
     @torch.inference_mode()
-    def capture(self, sizes: Sequence[int] = BATCH_SIZES) -> None:
-        """Capture the graphs of some batch sizes now, if graphs are used at all.
+    def capture(
+        self, sizes: Sequence[int] = BATCH_SIZES, chunks: Sequence[int] = CHUNK_SIZES
+    ) -> None:
+        """Capture the graphs of some batch and chunk sizes now, if graphs are used at all.
 
         All weights must be on the device. No KV is read or written.
         """
-        if self._graph_pool is not None:
-            for size in sorted(
-                sizes, reverse=True
-            ):  # the largest first: the others fit in its memory
-                if size not in self._graphs:
-                    self._capture(size)
+        if self._graph_pool is None:
+            return
+        # The largest first: the others fit in its memory.
+        for size in sorted(set(chunks) & set(self._chunk_sizes), reverse=True):
+            if size not in self._chunk_graphs:
+                self._capture_chunk(size)
+        for size in sorted(sizes, reverse=True):
+            if size not in self._graphs:
+                self._capture(size)
+
+    def _pack_chunk(
+        self, tokens: Sequence[int], start: int, table: Table, sampling: Choice | None, size: int
+    ) -> int:
+        """Write a chunk into the staging buffer, padded to ``size`` tokens.
+
+        Returns:
+            How many numbers it takes.
+        """
+        words, count = self._words, len(tokens)
+        words[_COUNT] = count
+        words[_LAST] = max(count - 1, 0)
+        words[_CHUNK_NO_EOS] = sampling is not None and sampling.no_eos
+        first_slot, first_block = _chunk_layout(size)
+        words[_CHUNK_HEADER : _CHUNK_HEADER + count] = tokens
+        words[_CHUNK_HEADER + count : _CHUNK_HEADER + size] = 0
+        words[first_slot : first_slot + count] = _slots(table, np.arange(start, start + count))
+        words[first_slot + count : first_slot + size] = -1
+        blocks = -(-(start + count) // BLOCK_TOKENS)
+        words[first_block : first_block + blocks] = table[:blocks]
+        return first_block + blocks
+
+    def _chunk(
+        self, staged: torch.Tensor, size: int, start: int, wanted: bool, padded: bool = False
+    ) -> torch.Tensor | None:
+        """Run the model on a packed chunk; put the greedy choice into ``_chosen``.
+
+        Returns:
+            Logits of its last real token, ``[1, vocabulary]``; None if they are not wanted.
+        """
+        first_slot, first_block = _chunk_layout(size)
+        blocks = -(-(start + size) // BLOCK_TOKENS)
+        step = Prefill(
+            self._pool.data,
+            staged[first_slot : first_slot + size],
+            staged[first_block : first_block + blocks],
+            start,
+            size,
+            staged[_COUNT : _COUNT + 1] if padded else None,
+        )
+        inputs = {
+            "input_ids": staged[None, _CHUNK_HEADER : _CHUNK_HEADER + size].long(),
+            "position_ids": torch.arange(start, start + size, device=self._device)[None],
+            "use_cache": False,
+            "paged_step": step,
+        }
+        if not wanted:
+            self._module.base_model(**inputs)
+            return None
+        last = staged[_LAST : _LAST + 1].long()
+        logits: torch.Tensor = self._module(**inputs, logits_to_keep=last).logits[:, -1]
+        forbid(logits, self._eos, staged[_CHUNK_NO_EOS : _CHUNK_NO_EOS + 1] != 0)
+        self._chosen[:1].copy_(logits.argmax(-1))
+        return logits
+
+    def _capture_chunk(self, size: int) -> torch.cuda.CUDAGraph:
+        """Capture a chunk of up to ``size`` tokens that begins a sequence."""
+        self._send(self._pack_chunk([], 0, np.empty(0, np.int32), None, size))
+
+        def run() -> None:
+            logits = self._chunk(self._staged, size, 0, wanted=True, padded=True)
+            assert logits is not None
+            self._keep(logits)
+
+        self._chunk_graphs[size] = graph = self._captured(run)
+        return graph
 
     def _pack(self, batch: Sequence[DecodeInput], size: int) -> int:
         """Write a decode step into the staging buffer, padded to ``size`` rows.
@@ -272,47 +365,68 @@ class ModelRunner:
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
         """Capture a decode step of ``size`` rows."""
-        assert self._graph_pool is not None
         self._send(self._pack([], size))
-        self._wait()
-        graph = torch.cuda.CUDAGraph()
-        with self._graph_pool.lock:
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # what is set up at a first call is not part of the graph
-                    logits = self._step(self._staged, size, 0)
-                if self._logits is None:
-                    shape = (MAX_BATCH, logits.shape[-1])
-                    self._logits = torch.empty(shape, dtype=logits.dtype, device=self._device)
-                stream.synchronize()
-                del logits
-            # Other threads go on using the device meanwhile.
-            with torch.cuda.graph(
-                graph,
-                pool=self._graph_pool.handle,
-                stream=stream,
-                capture_error_mode="thread_local",
-            ):
-                self._logits[:size].copy_(self._step(self._staged, size, 0))
-        self._graphs[size] = graph
+        self._graphs[size] = graph = self._captured(
+            lambda: self._keep(self._step(self._staged, size, 0))
+        )
         return graph
+
+    def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Return the graph of a function whose inputs have been sent."""
+        assert self._graph_pool is not None
+        self._wait()
+        return self._graph_pool.capture(run, self._device)
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        """Put logits where they outlive the next graph."""
+        if self._logits is None:  # before the first capture, so it is not memory of the graphs
+            shape = (MAX_BATCH, logits.shape[-1])
+            self._logits = torch.empty(shape, dtype=logits.dtype, device=self._device)
+        self._logits[: len(logits)].copy_(logits)
+
+    def _choose(
+        self, logits: torch.Tensor, choices: Sequence[Choice], positions: Sequence[int]
+    ) -> list[int]:
+        """Return the tokens of the first rows, of which the greedy ones are in ``_chosen``."""
+        rows = len(choices)
+        if all(choice.greedy for choice in choices):
+            return self._receive(self._chosen[:rows])
+        return self._receive(choose(logits[:rows], choices, positions))
 
     def _send(self, count: int) -> torch.Tensor:
         """Start the copy of the first numbers of the staging buffer; return it on the device."""
         if self._staged is not self._host:
-            self._staged[:count].copy_(self._host[:count], non_blocking=True)
+            self._copy(self._host[:count], self._staged[:count])
         return self._staged
 
     def _receive(self, tokens: torch.Tensor) -> list[int]:
         """Return tokens when the device has computed them."""
         answer = self._answer[: len(tokens)]
-        answer.copy_(tokens, non_blocking=True)
+        self._copy(tokens, answer)
         self._wait()
         return answer.tolist()
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Start a copy between host and device."""
+        if self._copies_by_kernel and source.nbytes <= _KERNEL_COPY_BYTES:
+            from mmrl.deploy import kernels  # Triton is there only with a GPU
+
+            try:
+                kernels.copy(source, target)
+                return
+            except ValueError:  # the device cannot address page-locked memory of the host
+                self._copies_by_kernel = False
+        target.copy_(source, non_blocking=True)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+
+
+def _chunk_layout(size: int) -> tuple[int, int]:
+    """Return where slots and table of a chunk begin in the staging buffer."""
+    aligned = -(-size // _ALIGNMENT) * _ALIGNMENT
+    return _CHUNK_HEADER + aligned, _CHUNK_HEADER + 2 * aligned
 
 
 def _slots(table: Table, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

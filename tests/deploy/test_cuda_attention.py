@@ -1,5 +1,6 @@
 """On a GPU: the kernels against plain torch, CUDA graphs, and whole models against generate."""
 
+import random
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,7 @@ from mmrl.deploy import kernels
 from mmrl.deploy.attention import Decode, Prefill
 from mmrl.deploy.kv import HostKV, KVPool
 from mmrl.deploy.memory import DeviceMemory
-from mmrl.deploy.runner import DecodeInput, GraphPool, ModelRunner
+from mmrl.deploy.runner import CHUNK_SIZES, DecodeInput, GraphPool, ModelRunner
 from mmrl.deploy.sampling import Choice, choose, gumbel, noise_key
 from tests.deploy.families import CONFIGS, MAX_CONTEXT, generated, kv_shape, model, prompt
 
@@ -136,15 +137,15 @@ def test_a_model_gives_what_generate_gives(
     host = HostKV(16 << 20, page_locked=True)
     runner = ModelRunner(model(family).cuda(), pool, MAX_CONTEXT, [0], graph_pool)
     if resident:
-        runner.capture((4, 1))
+        runner.capture((4, 1), (64, 16))
     lengths, count = [1, 37, 70], 16
     tokens = {key: prompt(length, key) for key, length in enumerate(lengths)}
     for key, length in enumerate(lengths):
         pool.resize(key, -(-length // 16))
         cut = length // 2
         if cut:
-            assert runner.prefill(tokens[key][:cut], 0, pool.table(key), None) is None
-        token = runner.prefill(tokens[key][cut:], cut, pool.table(key), GREEDY)
+            assert runner.prefill(tokens[key][:cut], 0, pool.table(key), None, resident) is None
+        token = runner.prefill(tokens[key][cut:], cut, pool.table(key), GREEDY, resident)
         assert token is not None
         tokens[key].append(token)
     for step in range(count - 1):
@@ -169,6 +170,65 @@ def test_a_model_gives_what_generate_gives(
     host.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_chunk_through_a_graph_is_that_without(
+    family: str, dtype: torch.dtype, graph_pool: GraphPool
+) -> None:
+    """Token and KV are the same, and no slot but those of the chunk is written or made use of."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    exact = dtype == torch.float32
+    memory = DeviceMemory(CUDA, 256 << 20)
+    pool = KVPool(memory, *kv_shape(family), dtype, capacity=64)
+    [eos] = generated(family, 40, 40, 1)
+    runner = ModelRunner(model(family, dtype).cuda(), pool, MAX_CONTEXT, [eos], graph_pool)
+    runner.capture((1,))
+    pool.resize(1, MAX_CONTEXT // 16)
+    table = pool.table(1)
+    index = torch.from_numpy(table.copy()).long().cuda()
+    draw = random.Random(5)
+    longest = CHUNK_SIZES[4]
+    assert longest < MAX_CONTEXT < CHUNK_SIZES[5]  # beyond it the padding may not go
+    lengths = [1, 16, 17, 40, longest, MAX_CONTEXT, *(draw.randint(1, longest) for _ in range(8))]
+    drawn = Choice(temperature=1.0, top_p=0.9, seed=3)
+    for length in draw.sample(lengths, len(lengths)):
+        for choice in (GREEDY, None, drawn, Choice(no_eos=True)):
+            seen = []
+            for resident in (True, False):
+                pool.data[index] = torch.nan
+                token = runner.prefill(prompt(length, length), 0, table, choice, resident)
+                seen.append((token, pool.data[index].float()))
+            (token, kv), (expected_token, expected_kv) = seen
+            written = ~expected_kv.isnan()
+            assert torch.equal(~kv.isnan(), written)
+            assert int(written[:, 0, 0, 0, :, 0].sum()) == length
+            error = (kv - expected_kv)[written].norm() / expected_kv[written].norm()
+            assert error < (1e-5 if exact else 0.1)
+            assert (token is None) == (choice is None)
+            if exact:
+                assert token == expected_token
+                if length == 40 and choice == GREEDY:
+                    assert token == eos
+            if choice is not None and choice.no_eos:
+                assert token != eos
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_copies_between_host_and_device(dtype: torch.dtype) -> None:
+    """By a kernel that addresses page-locked memory; other memory of the host is refused."""
+    for count in (1, 7, 1024, 5000):
+        host = torch.randint(1, 2**31 - 1, (5000,), dtype=dtype).pin_memory()
+        device = torch.zeros(5000, dtype=dtype, device=CUDA)
+        kernels.copy(host[:count], device[:count])
+        assert torch.equal(device[:count].cpu(), host[:count]) and not device[count:].any()
+        answer = torch.zeros(5000, dtype=dtype).pin_memory()
+        kernels.copy(device[:count], answer[:count])
+        torch.cuda.current_stream().synchronize()
+        assert torch.equal(answer[:count], host[:count]) and not answer[count:].any()
+    with pytest.raises(ValueError, match="cannot be accessed"):
+        kernels.copy(torch.ones(5000, dtype=dtype), device)
+
+
 def test_graphs_outlive_their_memory(graph_pool: GraphPool) -> None:
     """KV blocks are given back and taken again between replays."""
     memory = DeviceMemory(CUDA, 256 << 20)
@@ -177,7 +237,7 @@ def test_graphs_outlive_their_memory(graph_pool: GraphPool) -> None:
     seen = []
     for _ in range(3):
         pool.resize(1, 4)
-        token = runner.prefill(prompt(40, 1), 0, pool.table(1), GREEDY)
+        token = runner.prefill(prompt(40, 1), 0, pool.table(1), GREEDY, resident=True)
         out = []
         for position in range(40, 60):
             assert token is not None

@@ -58,7 +58,7 @@ class Node:
         last = start + len(chunk) == len(tokens)
         self.resize(key, start + len(chunk))
         sampling = self.sampling[key] if last else None
-        token = self.runner.prefill(chunk, start, self.pool.table(key), sampling)
+        token = self.runner.prefill(chunk, start, self.pool.table(key), sampling, resident=True)
         self.prefilled[key] = start + len(chunk)
         assert (token is None) != last
         if token is not None:

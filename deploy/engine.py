@@ -823,7 +823,7 @@ class Engine:
         choice = self._choice(sequence) if last else None
 
         def prefill(resident: bool) -> list[Any]:
-            return [model.runner.prefill(chunk, start, table, choice)]
+            return [model.runner.prefill(chunk, start, table, choice, resident)]
 
         return prefill, Job(m, kind, (sequence,), last, now)
 

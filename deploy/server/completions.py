@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import cast
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -150,8 +149,7 @@ class Completions:
             self._metrics.observe(job.record)
             self._live.observe(job.record)
 
-        answers = cast(AsyncGenerator[Tokens, None], self._engine.generate(generate))
-        run = Run(answers, stream, job, ended)
+        run = Run(self._engine.generate(generate), stream, job, ended)
         return await while_connected(request.receive, run.begin() if body.stream else run.whole())
 
 

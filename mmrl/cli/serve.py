@@ -65,7 +65,7 @@ def command(
         ]
     else:
         data = {"models": [{"path": model} for model in models]}
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "node": {"policy": policy, "memory": memory, "host_kv": host_kv, "device": device},
         "server": {
             "host": host,

@@ -115,4 +115,3 @@ def preload(s: Record, r: Nodes, m: int) -> bool:
     set_target(s, m, s.pieces[m])
     settle_memory(s, r)
     return True
-

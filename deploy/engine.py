@@ -15,7 +15,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,7 @@ from mmrl.node.state import (
     IDLE,
     LINK_IDLE,
     LINK_LOAD,
+    LINK_RESTORE,
     LINK_STREAM,
     QUEUE_LIMIT,
     REFUSED,
@@ -102,17 +103,37 @@ class Sequence_:
         return len(self.tokens) - len(self.request.prompt)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class Job:
-    """An iteration in flight: of which model, for which sequences."""
+    """An iteration in flight.
+
+    Attributes:
+        model: Of which model.
+        kind: PREFILL_CHUNK or DECODE_STEP.
+        sequences: Whose.
+        last: Whether it yields tokens: a decode step, or the last chunk of a prefill.
+        gate: Of a link-bound iteration.
+        number: Of a link-bound iteration.
+        result: A token or an exception for each sequence, set by the worker.
+        batch: The place in sequences and result of each sequence that the state counts; all,
+            but for a step ahead of the state some may have left since.
+        position: Of each sequence's token in a step ahead of the state.
+        done: Its end, where it came before the state asked for the iteration.
+    """
 
     model: int
     kind: int
     sequences: tuple[Sequence_, ...]
-    last: bool  # a decode step, or the last chunk of a prefill: it yields tokens
-    submitted_ns: int
+    last: bool
     gate: LinkBoundGate | None = None
-    number: int = -1  # of the link-bound iteration
+    number: int = -1
+    result: list[Any] = field(default_factory=list)
+    batch: dict[Sequence_, int] = field(default_factory=dict)
+    position: tuple[int, ...] = ()
+    done: Done | None = None
+
+    def __post_init__(self) -> None:
+        self.batch = {sequence: place for place, sequence in enumerate(self.sequences)}
 
 
 @dataclass(eq=False)
@@ -253,6 +274,7 @@ class Engine:
         self._changed: list[int] = []  # rows whose KV blocks are still to be resized
         self._outgoing: list[tuple[int, Tokens]] = []
         self._compute: Job | None = None
+        self._ahead_step: Job | None = None  # a decode step queued behind it, likewise
         self._link_bound: Job | None = None
         self.deciding = False
         self.decision_until_ns = 0
@@ -352,10 +374,11 @@ class Engine:
             return
         while True:
             if isinstance(message, Done):
-                if message.tag is self._ahead and self._ahead is not None:
-                    self._ahead.done = message  # the state will come to it
-                elif message.worker != H2D or message.tag is self._h2d:
+                expected = {COMPUTE: self._compute, H2D: self._h2d}.get(message.worker, message.tag)
+                if message.tag is expected:
                     self.ended[message.worker] = message
+                elif isinstance(message.tag, Transfer | Job):
+                    message.tag.done = message  # ahead: the state comes to it, or does without
             elif message is not None:
                 self._messages.append(message)
             try:
@@ -420,6 +443,7 @@ class Engine:
             more = self._start_iteration()
             self._start_transfers()
             if not more:
+                self._step_ahead()
                 return
 
     # ------------------------------------------------------------------ decisions
@@ -478,9 +502,9 @@ class Engine:
             return
         if self.watch is not None:
             self.watch("iteration", (job, done))
-        self._take(job, done.result)
+        self._take(job)
         self.node.end_compute()
-        self._finish(job, done.result)
+        self._finish(job)
 
     def _end_link_bound(self, done: Done) -> None:
         job, self._link_bound = self._link_bound, None
@@ -490,16 +514,17 @@ class Engine:
         if done.error is not None:
             self._fail(job, done.error)
             return
-        self._take(job, done.result)
+        self._take(job)
         self.node.end_link_bound()
-        self._finish(job, done.result)
+        self._finish(job)
 
-    def _take(self, job: Job, tokens: list[Any]) -> None:
+    def _take(self, job: Job) -> None:
         """Give the tokens of an iteration to its sequences, before the state does."""
         self.models[job.model].failures = 0
         if not job.last:
             return
-        for sequence, token in zip(job.sequences, tokens, strict=True):
+        for sequence, place in job.batch.items():
+            token = job.result[place]
             if isinstance(token, BaseException):
                 continue
             sequence.tokens.append(token)
@@ -515,11 +540,12 @@ class Engine:
             else:
                 self._outgoing.append((sequence.number, Tokens((token,))))
 
-    def _finish(self, job: Job, tokens: list[Any]) -> None:
+    def _finish(self, job: Job) -> None:
         """Fail the sequences of an iteration for which it raised, after its end."""
         if not job.last:
             return
-        for sequence, token in zip(job.sequences, tokens, strict=True):
+        for sequence, place in job.batch.items():
+            token = job.result[place]
             if isinstance(token, BaseException):
                 self._count_failure(job.model)
                 self._end(sequence, Tokens((), Finish.ERROR, _describe(token)))
@@ -534,7 +560,7 @@ class Engine:
                 torch.cuda.empty_cache()
             if not self.models[job.model].quarantined:
                 return  # its sequences are preempted and continue later
-        for sequence in job.sequences:
+        for sequence in job.batch:
             self._end(sequence, Tokens((), Finish.ERROR, _describe(error)))
 
     def _count_failure(self, m: int) -> None:
@@ -593,9 +619,10 @@ class Engine:
             self._forget_ahead(job.gate)
             self._link_bound = None
             s.stream_hold = 0
+        running = self._ahead_model  # gives back when its step has ended
         for m, model in enumerate(self.models):
             pieces, weights = int(s.granted[m]), model.weights
-            if pieces < _pieces(weights):
+            if pieces < _pieces(weights) and m != running:
                 self._forget_ahead(model)
                 weights.set_granted(weights.choose(pieces - 1) if pieces else None)
         for sequence in list(self._on_host):
@@ -606,7 +633,7 @@ class Engine:
         for row in self._changed + self.node.kv_changes():
             sequence = self._rows[row]
             pool, blocks = self.models[sequence.model].pool, self.node.blocks(row)
-            if blocks > len(pool.table(sequence.number)):
+            if blocks > len(pool.table(sequence.number)) or sequence.model == running:
                 left.append(row)
                 continue
             pool.resize(sequence.number, blocks)
@@ -641,16 +668,18 @@ class Engine:
             pieces, weights = int(self.node.state.granted[m]), model.weights
             if pieces > _pieces(weights):
                 weights.set_granted(weights.choose(pieces - 1))
-        while self._changed:
-            row = self._changed[-1]
+        for row in list(self._changed):
             sequence = self._rows[row]
-            self.models[sequence.model].pool.resize(sequence.number, self.node.blocks(row))
-            self._changed.pop()
+            pool, blocks = self.models[sequence.model].pool, self.node.blocks(row)
+            if blocks > len(pool.table(sequence.number)):
+                pool.resize(sequence.number, blocks)
+                self._changed.remove(row)
 
     def _compact_pools(self) -> None:
         """Close the holes of all pools, moving what nothing in flight uses."""
         requests = self.node.requests
-        running = {job.model for job in (self._compute, self._link_bound) if job is not None}
+        jobs = (self._compute, self._link_bound, self._ahead_step)
+        running = {job.model for job in jobs if job is not None}
         movable: dict[int, set[int]] = {m: set() for m in range(len(self.models))}
         for row, sequence in self._rows.items():
             moving = requests[row]["state"] in (SAVING, RESTORING)
@@ -661,8 +690,10 @@ class Engine:
 
     def _start_transfers(self) -> None:
         s = self.node.state
-        if s.h2d_kind != LINK_IDLE and self._h2d is None:
-            kind = int(s.h2d_kind)
+        kind = int(s.h2d_kind)
+        # What a step ahead still uses is resized later, and moved after that.
+        restores = kind == LINK_RESTORE and int(s.h2d_request) in self._changed
+        if kind != LINK_IDLE and self._h2d is None and not restores:
             of = self._subject(kind)
             if self._ahead is not None and (self._ahead.kind, self._ahead.of) == (kind, of):
                 self._h2d, self._ahead = self._ahead, None
@@ -671,7 +702,7 @@ class Engine:
             else:
                 self._h2d = self._send(kind, of)
         self._look_ahead()
-        if s.d2h_request >= 0 and not self._saving:
+        if s.d2h_request >= 0 and not self._saving and int(s.d2h_request) not in self._changed:
             saved = self._rows[int(s.d2h_request)]
             if saved in self._on_host:  # restored and preempted again within one instant
                 self.host_kv.free(saved.number)
@@ -764,13 +795,16 @@ class Engine:
             return False  # under a simulated clock its compute has not ended yet
         m, kind = int(s.gpu_model), int(s.gpu_kind)
         model = self.models[m]
-        run, job = self._prepare(m, kind, int(s.gpu_tokens))
         if not s.gpu_link_bound:
-            self._compute = job
             if self._compute_idle_since_ns is not None:
                 self.overhead_ns += time.monotonic_ns() - self._compute_idle_since_ns
-            self.workers[COMPUTE].submit(lambda: run(True))
+            if not self._adopt(m, kind):
+                run, self._compute = self._prepare(m, kind, int(s.gpu_tokens))
+                self.workers[COMPUTE].submit(functools.partial(run, True), self._compute)
             return False
+        while self._ahead_model == m:  # one iteration of a model at a time
+            self.receive(60.0)
+        run, job = self._prepare(m, kind, int(s.gpu_tokens))
         weights = model.weights
         held = weights.choose(int(s.target[m]) - 1)
         gate = weights.link_bound(
@@ -778,15 +812,14 @@ class Engine:
             pull=not self.clock.real,  # the simulator's instants are not those of the slots
             freed=lambda: self.inbox.put(self._hold_stream),
         )
-        self._link_bound = Job(
-            m, kind, job.sequences, job.last, job.submitted_ns, gate, int(s.lb_id)
-        )
+        job.gate, job.number = gate, int(s.lb_id)
+        self._link_bound = job
         self._streamed = 0
         s.stream_hold = 0
 
-        def iterate() -> list[Any]:
+        def iterate() -> None:
             with gate:
-                return run(False)
+                run(False)
 
         self.workers[LINK_BOUND].submit(iterate)
         if not self.clock.real:
@@ -794,26 +827,17 @@ class Engine:
         self.node.end_compute()
         return True
 
-    def _prepare(self, m: int, kind: int, tokens: int) -> tuple[Callable[[bool], list[Any]], Job]:
+    def _prepare(self, m: int, kind: int, tokens: int) -> tuple[Callable[[bool], None], Job]:
         """Gather the inputs of an iteration; they do not change while it runs."""
         model, node = self.models[m], self.node
-        now = time.monotonic_ns()
         if kind == DECODE_STEP:
-            batch = [self._rows[row] for row in node.decoding(m)]
-            inputs = [
-                DecodeInput(
-                    sequence.tokens[-1],
-                    len(sequence.tokens) - 1,
-                    model.pool.table(sequence.number),
-                    self._choice(sequence),
-                )
-                for sequence in batch
-            ]
+            job = Job(m, kind, tuple(self._rows[row] for row in node.decoding(m)), True)
+            inputs = [self._input(sequence) for sequence in job.sequences]
 
-            def step(resident: bool) -> list[Any]:
-                return _decode(model.runner, inputs, resident)
+            def step(resident: bool) -> None:
+                job.result = _decode(model.runner, inputs, resident)
 
-            return step, Job(m, kind, tuple(batch), True, now)
+            return step, job
         row = int(node.state.prefilling[m])
         sequence = self._rows[row]
         start = int(node.requests[row]["prefilled"])
@@ -821,21 +845,94 @@ class Engine:
         last = start + tokens == len(sequence.tokens)
         table = model.pool.table(sequence.number)
         choice = self._choice(sequence) if last else None
+        job = Job(m, kind, (sequence,), last)
 
-        def prefill(resident: bool) -> list[Any]:
-            return [model.runner.prefill(chunk, start, table, choice, resident)]
+        def prefill(resident: bool) -> None:
+            job.result = [model.runner.prefill(chunk, start, table, choice, resident)]
 
-        return prefill, Job(m, kind, (sequence,), last, now)
+        return prefill, job
 
-    def _choice(self, sequence: Sequence_) -> Choice:
+    def _input(self, sequence: Sequence_, later: int = 0) -> DecodeInput:
+        """Return the input of a sequence's next decode step, or of one so many steps later."""
+        table = self.models[sequence.model].pool.table(sequence.number)
+        position = len(sequence.tokens) - 1 + later
+        return DecodeInput(sequence.tokens[-1], position, table, self._choice(sequence, later))
+
+    @property
+    def _ahead_model(self) -> int:
+        """The model of a decode step that is queued or runs ahead of the state, or -1."""
+        ahead = self._ahead_step
+        return -1 if ahead is None or ahead.done is not None else ahead.model
+
+    def _step_ahead(self) -> None:
+        """Queue the decode step that surely comes next behind the one that computes.
+
+        The device goes on without waiting for the loop. Where the state decides otherwise after
+        all, the step is dropped: it is computed again later, with the same outcome.
+        """
+        now = self._compute
+        if now is None or not self.clock.real or self._ahead_model >= 0:
+            return
+        self._ahead_step = None
+        if now.kind != DECODE_STEP or (m := self.node.foresee()) < 0 or self._changed:
+            return
+        runner = self.models[m].runner
+        if m == now.model:  # its tokens are those that are being computed
+            sequences, places = tuple(now.batch), tuple(now.batch.values())
+            inputs = [self._input(sequence, 1) for sequence in sequences]
+        else:
+            sequences = tuple(self._rows[row] for row in self.node.decoding(m))
+            inputs = [self._input(sequence) for sequence in sequences]
+        ahead = Job(m, DECODE_STEP, sequences, True)
+        ahead.position = tuple(one.position for one in inputs)
+
+        def step() -> None:
+            ready = inputs
+            if m == now.model:
+                tokens = [now.result[place] for place in places]
+                ready = [replace(one, token=t) for one, t in zip(inputs, tokens, strict=True)]
+            ahead.result = list(runner.decode(ready, resident=True))
+
+        self._ahead_step = ahead
+        self.workers[COMPUTE].submit(step, ahead)
+
+    def _adopt(self, m: int, kind: int) -> bool:
+        """Take the step that was queued ahead for the one that the state starts, if it is it."""
+        ahead, self._ahead_step = self._ahead_step, None
+        if ahead is None:
+            return False
+        rows = self.node.decoding(m) if kind == DECODE_STEP and ahead.model == m else []
+        at = {q: (i, ahead.position[i]) for i, q in enumerate(ahead.sequences)}
+        batch: dict[Sequence_, int] = {}
+        for sequence in [self._rows[row] for row in rows]:
+            place, position = at.get(sequence, (-1, -1))
+            if position != len(sequence.tokens) - 1:
+                batch.clear()
+                break
+            batch[sequence] = place
+        if not batch or (ahead.done is not None and ahead.done.error is not None):
+            if ahead.done is None:
+                self._ahead_step = ahead  # its memory is in use until it has ended
+            return False
+        ahead.batch = batch
+        self._compute = ahead
+        if ahead.done is not None:
+            self.inbox.put(ahead.done)
+        return True
+
+    def _choice(self, sequence: Sequence_, later: int = 0) -> Choice:
         request = sequence.request
-        no_eos = sequence.generated < request.min_tokens and not request.ignore_eos
+        generated = sequence.generated + later
+        no_eos = generated < request.min_tokens and not request.ignore_eos
         return Choice.of(request.sampling, sequence.seed, no_eos)
 
     def _waiting(self, m: int) -> int:
         return int(self.node.state.queue_len[m]) + sum(q.model == m for q in self._new)
 
     def _compact(self) -> None:
+        while self._ahead_model >= 0:
+            self.receive(60.0)
+        self._give_back()
         moved = self.node.compact()
         rows = {}
         for row, sequence in self._rows.items():

@@ -36,6 +36,7 @@ from mmrl.node.observe import observation_size, observe
 from mmrl.node.state import (
     CANCELLED,
     DECODE,
+    DECODE_STEP,
     DISPATCHES,
     DONE,
     IDLE,
@@ -61,6 +62,7 @@ from mmrl.sim.kernel import (
     arrive,
     blocked_model,
     choose_model,
+    decodes_next,
     end_compute,
     end_link_bound,
     start,
@@ -162,6 +164,26 @@ def start_work(
         start_compute(s, r, ready, decode_tables, prefill_tables)
         start_links(s, r)
         victim = blocked_model(s)
+
+
+@jit
+def foresee(nodes: Nodes, table: Nodes, ready: npt.NDArray[np.int8]) -> int:
+    """Return the resident model whose decode step surely follows the one that computes, or -1.
+
+    Surely, unless something arrives, ends early or is decided in the meantime.
+    """
+    s, r = nodes[0], table[0]
+    m = s.gpu_model
+    if s.gpu_kind != DECODE_STEP or s.gpu_link_bound or s.seg_steps[m] + 1 >= s.seg_finish[m]:
+        return -1
+    c = choose_model(s, r, ready)
+    if c < 0 or s.landed[c] < s.pieces[c] or s.granted[c] > s.target[c]:
+        return -1
+    if ready[c] == 2 and not decodes_next(s, c):
+        return -1
+    if s.seg_left[c] - (c == m) <= 0:
+        return -1
+    return c
 
 
 @jit
@@ -492,6 +514,10 @@ class LiveNode:
     def start_work(self) -> None:
         """Start in the arrays what can start (steps 9 and 10)."""
         start_work(self.nodes, self.table, self._ready, self.decode_tables, self.prefill_tables)
+
+    def foresee(self) -> int:
+        """Return the model whose decode step surely follows the one that computes, or -1."""
+        return int(foresee(self.nodes, self.table, self._ready))
 
     def kv_changes(self) -> list[int]:
         """Return the rows whose device blocks changed since the last call, shrinking ones first."""

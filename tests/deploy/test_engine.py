@@ -371,7 +371,7 @@ def test_a_device_out_of_memory_loses_nothing(closing: list[Fleet]) -> None:
     def full(batch: Any, resident: bool) -> Any:
         nonlocal calls
         calls += 1
-        if calls in (5, 20):
+        if calls in (5, 6, 20, 21):  # a step that ran ahead of the state is only dropped
             raise OutOfDeviceMemory("no memory", "")
         return decode(batch, resident)
 

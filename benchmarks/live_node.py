@@ -61,6 +61,7 @@ class Bench:
             Checkpoint.from_config(configuration(name), torch.bfloat16, seed=i)
             for i, name in enumerate(names)
         ]
+        torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
         self.fleet: Fleet = open_fleet(config, checkpoints=checkpoints)
         print(f"  {', '.join(names)}: in host memory after {time.perf_counter() - begun:.1f} s")
@@ -523,6 +524,11 @@ def _() -> dict[str, Any]:
             count = s.actions.sum()
             bench.act(SMALL, verb)
             bench.until(lambda c=count: s.actions.sum() > c)
+        if i % 20 == 0:  # or every iteration that waits for its bytes would be abandoned
+            count = len(bench.times[1])
+            if s.target[0] == 0:
+                bench.level(SMALL, draw.randrange(LEVEL_0, LEVEL_100 + 1))
+            bench.until(lambda c=count: len(bench.times[1]) > c + 2)
         for _ in range(draw.randrange(4)):
             bench.engine.run_instant()
         if i % 100 == 99:

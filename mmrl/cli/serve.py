@@ -53,7 +53,7 @@ def command(
     Every model stays in host memory; a policy decides which are on the device, wholly or in part,
     and who is preempted for whom. The live page is at /, the API at /v1, metrics at /metrics.
 
-    mmrl testbed create llama-tiny --out models/a   makes a model to try it with.
+    mmrl testbed create llama-tiny --out models   makes a model to try it with.
     """
     from mmrl.deploy.config import build_config, read_config
 

@@ -430,6 +430,7 @@ class Engine:
         if (due and not self.deciding and node.begin_decision()) or self.deciding:
             self._decide()
         self._work()
+        self._compute_idle_since_ns = None  # from here on the device waits for something else
         if self._outgoing:
             self.emit(self._outgoing)
             self._outgoing = []

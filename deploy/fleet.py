@@ -18,7 +18,13 @@ from mmrl.deploy.config import ModelConfig, ServeConfig
 from mmrl.deploy.engine import Clock, Engine, ServedModel
 from mmrl.deploy.hardware import device_name, find_device, platform_here, usable_bytes
 from mmrl.deploy.kv import HostKV, KVPool
-from mmrl.deploy.memory import BudgetExceeded, DeviceMemory, HostArena, host_available_bytes
+from mmrl.deploy.memory import (
+    BudgetExceeded,
+    DeviceMemory,
+    HostArena,
+    host_available_bytes,
+    size_text,
+)
 from mmrl.deploy.node import LiveNode, ModelCosts, NodeNumbers
 from mmrl.deploy.protocol import ModelInfo, ModelState, NodeState
 from mmrl.deploy.runner import GraphPool, ModelRunner
@@ -189,7 +195,7 @@ def open_fleet(
     budget = int(config.node.memory or usable_bytes(device))
     if budget > usable_bytes(device):
         raise InputError(
-            f"node.memory: {budget / 1e9:.1f} GB, but {usable_bytes(device) / 1e9:.1f} GB are "
+            f"node.memory: {size_text(budget)}, but {size_text(usable_bytes(device))} are "
             f"usable on {device_name(device)}",
             "lower it",
         )
@@ -267,8 +273,8 @@ def open_fleet(
         )
     verbs = ", ".join(verb_names(full_verbs))
     notes.append(
-        f"{device_name(device)}, {budget / 1e9:.1f} GB for "
-        f"{sum(info.weight_bytes for info in infos) / 1e9:.1f} GB of weights; "
+        f"{device_name(device)}, {size_text(budget)} for "
+        f"{size_text(sum(info.weight_bytes for info in infos))} of weights; "
         f"policy {adapter.name} ({verbs})"
     )
     return Fleet(engine, infos, tuple(notes), device, time.time(), memory, slots, tuple(arenas))
@@ -356,8 +362,8 @@ def _check_host_memory(config: ServeConfig, opened: list[Checkpoint]) -> None:
     if total > available:
         largest = max(needed, key=lambda name: needed[name])
         raise InputError(
-            f"the fleet needs {total / 1e9:.1f} GB of host memory ({largest} alone "
-            f"{needed[largest] / 1e9:.1f} GB), but {available / 1e9:.1f} GB are available",
+            f"the fleet needs {size_text(total)} of host memory ({largest} alone "
+            f"{size_text(needed[largest])}), but {size_text(available)} are available",
             "leave models out, or lower node.host_kv",
         )
 
@@ -377,10 +383,10 @@ def _check_budget(
         if weights + kv + reserve > budget:
             what = "base weights" if full_verbs else "weights"
             raise InputError(
-                f"{model.name} can never run: {weights / 1e9:.2f} GB of {what}, "
-                f"{reserve / 1e9:.2f} GB reserved and {kv / 1e9:.2f} GB of KV cache are more than "
-                f"the budget of {budget / 1e9:.2f} GB",
-                f"set node.memory to at least {(weights + kv + reserve) / 1e9:.2f} GB"
+                f"{model.name} can never run: {size_text(weights)} of {what}, "
+                f"{size_text(reserve)} reserved and {size_text(kv)} of KV cache are more than "
+                f"the budget of {size_text(budget)}",
+                f"set node.memory to at least {size_text(weights + kv + reserve)}"
                 + ("" if full_verbs else ', or node.verbs = "full" to stream its layers'),
             )
 

@@ -111,8 +111,8 @@ class DeviceMemory:
     def _take(self, nbytes: int) -> None:
         if self.committed_bytes + nbytes > self.budget_bytes:
             raise BudgetExceeded(
-                f"{_gb(nbytes)} of device memory asked for, {_gb(self.free_bytes)} of the budget "
-                f"of {_gb(self.budget_bytes)} free",
+                f"{size_text(nbytes)} of device memory asked for, {size_text(self.free_bytes)} of "
+                f"the budget of {size_text(self.budget_bytes)} free",
                 "raise the memory budget, or serve fewer or smaller models",
             )
         self.committed_bytes += nbytes
@@ -307,9 +307,9 @@ class _CudaRange(VirtualRange):
                 self._frames.map(self._address + start, stop - start)
         except _DriverOutOfMemory as error:
             raise OutOfDeviceMemory(
-                f"{memory.device} is out of memory: {_gb(stop - start)} asked for while "
-                f"{_gb(memory.committed_bytes)} of the budget of {_gb(memory.budget_bytes)} were "
-                "counted",
+                f"{memory.device} is out of memory: {size_text(stop - start)} asked for while "
+                f"{size_text(memory.committed_bytes)} of the budget of "
+                f"{size_text(memory.budget_bytes)} were counted",
                 "lower the memory budget, or stop what else uses the device",
             ) from error
 
@@ -559,7 +559,7 @@ class HostArena:
             result = _cudart().cudaHostRegister(self.tensor.data_ptr(), nbytes, 0)
             if int(result) != 0:
                 raise MmrlError(
-                    f"cannot page-lock {_gb(nbytes)} of host memory: {result}",
+                    f"cannot page-lock {size_text(nbytes)} of host memory: {result}",
                     "serve fewer models, or raise the limits on locked memory (ulimit -l) and on "
                     "the memory of the container",
                 )
@@ -674,7 +674,8 @@ def _anonymous(nbytes: int, flags: int) -> mmap.mmap:
         return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags)
     except OSError as error:
         raise MmrlError(
-            f"the machine does not give {_gb(nbytes)} of memory: {os.strerror(error.errno or 0)}",
+            f"the machine does not give {size_text(nbytes)} of memory: "
+            f"{os.strerror(error.errno or 0)}",
             "serve fewer or smaller models, or raise the limit on memory (ulimit -v)",
         ) from error
 
@@ -683,5 +684,6 @@ def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.3f} GB"
+def size_text(nbytes: float) -> str:
+    """Return a size as a person reads it: GB, or MB below one GB."""
+    return f"{nbytes / 1e9:.1f} GB" if abs(nbytes) >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -173,7 +173,7 @@ class NodeState:
     illegal_actions: int
     fallbacks: dict[str, int]  # deadline, not_finite, illegal, error -> how often
     decision_latencies_s: tuple[float, ...]  # of the decisions since the previous picture
-    overhead_s: float  # loop time with the device idle and work waiting
+    overhead_s: float  # between the end of an iteration and the start of one that could follow
     models: tuple[ModelState, ...]
     decisions: tuple[Decision, ...]  # the last ones, at most 100, oldest first
 

@@ -15,6 +15,7 @@ from mmrl.deploy.engine import FAILURES, Engine, RealTime, SimulatedTime
 from mmrl.deploy.fleet import Fleet, open_fleet
 from mmrl.deploy.memory import OutOfDeviceMemory
 from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
+from mmrl.deploy.testbed import MODELS, configuration
 from mmrl.node.actions import (
     legal_actions,
     some_verb_legal,
@@ -25,6 +26,7 @@ from mmrl.rules import get_rule
 from mmrl.rules.dispatch import suggest
 from mmrl.sim.kernel import act, next_decision, start
 
+GREEDY = Sampling(0.0)
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -269,6 +271,44 @@ def test_random_decisions_in_real_time_change_no_token(closing: list[Fleet]) -> 
     assert [heard.tokens[n] for n in range(len(asked))] == wanted
     assert s.outs.sum() > 0 and s.preempted.sum() > 0 and s.stream_bytes.sum() > 0
     assert fleet.memory.peak_bytes <= fleet.memory.budget_bytes
+
+
+def test_eight_families_share_a_device_and_lose_no_token(closing: list[Fleet]) -> None:
+    """Random decisions: levels, evictions, reloads, preemption; every token as if alone."""
+    names = [name for name in MODELS if name.endswith("-tiny")]
+    models = [Checkpoint.from_config(configuration(name), torch.float32) for name in names]
+    assert len(models) >= 8
+    rng = np.random.default_rng(3)
+    asked = [
+        request(
+            i % len(models), int(rng.integers(5, 90)), int(rng.integers(4, 20)), i, sampling=GREEDY
+        )
+        for i in range(2 * len(models))
+    ]
+    wanted = expected(models, asked, closing)
+    fleet = fleet_of(models, 0.35, verbs="full")
+    closing.append(fleet)
+    engine, s, heard = fleet.engine, fleet.engine.node.state, Listener(fleet.engine)
+
+    class Random:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(adapter, name)
+
+        def poll(self, nodes: Any, table: Any) -> Any:
+            verdict = adapter.poll(nodes, table)
+            if rng.random() < 0.4:
+                action = int(rng.choice(np.flatnonzero(engine.node.look()[1])))
+                return type(verdict)(action, "policy", 0.0)
+            return verdict
+
+    adapter, engine.adapter = engine.adapter, Random()  # type: ignore[assignment]
+    s.gap_ns = 5_000_000
+    engine.begin()
+    for number, one in enumerate(asked):
+        engine.submit(number, one)
+    run(engine, lambda: len(heard.finish) == len(asked))
+    assert [heard.tokens[n] for n in range(len(asked))] == wanted
+    assert s.outs.sum() > 3 and s.preempted.sum() > 0
 
 
 def one_model(closing: list[Fleet], memory: float = 3.0, **node: Any) -> tuple[Engine, Listener]:

@@ -126,6 +126,7 @@ async def _serve(config: "ServeConfig") -> None:
         bars.update(tasks[name], completed=done)
 
     configure_logs()
+    console.print("starting the engine (the first time, code is compiled: up to a minute)")
     engine = EngineClient(config, progress)
     try:
         with bars:

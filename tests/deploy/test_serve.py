@@ -139,7 +139,8 @@ def test_many_clients_at_once(served: Served) -> None:
 def test_a_disconnect_frees_the_kv_cache_at_once(served: Served) -> None:
     body = {"model": "alpha", "prompt": [20] * 100, "max_tokens": 1900, "ignore_eos": True}
     with served.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # kept: the connection is closed with it
+        next(lines)
         wait(lambda: sum(model["kv_bytes"] for model in served.state()["models"]) > 0)
     wait(lambda: sum(model["running"] for model in served.state()["models"]) == 0)
     wait(lambda: sum(model["kv_bytes"] for model in served.state()["models"]) == 0)

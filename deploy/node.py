@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mmrl.node.actions import (
-    apply,
     legal,
     legal_actions,
     put_out,
@@ -58,6 +57,7 @@ from mmrl.profiles.costs import CostModel
 from mmrl.profiles.schema import Profile
 from mmrl.scenarios.bank import CostBank
 from mmrl.scenarios.targets import TargetNumbers, targets_ns
+from mmrl.sim import kernel
 from mmrl.sim.kernel import (
     arrive,
     blocked_model,
@@ -122,10 +122,7 @@ def begin_decision(nodes: Nodes, table: Nodes) -> bool:
 @jit
 def act(nodes: Nodes, table: Nodes, action: int) -> bool:
     """Do a decision; return whether the next one is asked for at this instant."""
-    s, r = nodes[0], table[0]
-    s.decided_ns = s.now_ns
-    s.decisions += 1
-    return bool(apply(s, r, action) and some_verb_legal(s, r))
+    return kernel.act(nodes[0], table[0], action)
 
 
 @jit

@@ -12,7 +12,7 @@ demo: .venv/ready
 	@.venv/bin/mmrl demo $(ARGS)
 
 test: .venv/ready
-	@$(RUN) pytest $(ARGS)
+	@$(RUN) pytest --numprocesses logical --dist loadfile $(ARGS)
 
 lint: .venv/ready
 	@$(RUN) ruff check .

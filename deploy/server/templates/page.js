@@ -20,7 +20,10 @@ let lastDecision = -1;
 const seconds = (value) => value < 0.0995 ? `${(value * 1000).toFixed(0)} ms`
   : value < 9.95 ? `${value.toFixed(value < 0.995 ? 2 : 1)} s`
   : value < 120 ? `${value.toFixed(0)} s` : span(value);
-const gigabytes = (bytes) => (bytes / 1e9).toFixed(bytes < 9.95e9 ? 1 : 0);
+const size = (bytes) =>
+  bytes < 0.95e9
+    ? `${(bytes / 1e6).toFixed(bytes < 9.95e6 ? 1 : 0)} MB`
+    : `${(bytes / 1e9).toFixed(bytes < 9.95e9 ? 1 : 0)} GB`;
 function span(value) {
   const minutes = Math.floor(value / 60), hours = Math.floor(minutes / 60);
   if (hours >= 48) return `${Math.floor(hours / 24)} d ${hours % 24} h`;
@@ -107,7 +110,7 @@ function badges(model) {
 }
 function showModel(model, latency) {
   const made = row(model.name);
-  made.small.replaceChildren(`${gigabytes(model.weight_bytes)} GB`, ...badges(model));
+  made.small.replaceChildren(size(model.weight_bytes), ...badges(model));
   setText(made.queued, String(model.queued));
   setText(made.running, String(model.running));
   setText(made.suspended, String(model.suspended));
@@ -174,17 +177,17 @@ function showMemory(state) {
       bar.append(node);
     }
     node.style.width = `${100 * part.bytes / state.budget_bytes}%`;
-    node.title = `${part.name ?? "reserve"}: ${part.kind === "kv" ? "KV cache" : part.kind} ${gigabytes(part.bytes)} GB`;
+    node.title = `${part.name ?? "reserve"}: ${part.kind === "kv" ? "KV cache" : part.kind} ${size(part.bytes)}`;
   }
   const used = state.budget_bytes - state.free_bytes;
-  const host = `${gigabytes(state.host_kv_bytes)} GB of KV cache saved on the host (at most ${gigabytes(state.host_kv_limit_bytes)})`;
-  setText(element("memory"), `${gigabytes(used)} of ${gigabytes(state.budget_bytes)} GB · ${host}`);
+  const host = `${size(state.host_kv_bytes)} of KV cache saved on the host (at most ${size(state.host_kv_limit_bytes)})`;
+  setText(element("memory"), `${size(used)} of ${size(state.budget_bytes)} · ${host}`);
   bar.setAttribute("aria-label", element("memory").textContent);
   element("key").replaceChildren(
     ...state.models.filter((model) => model.resident_bytes + model.kv_bytes).map((model) => make("span", {},
-      swatch(model.name), `${model.name} ${gigabytes(model.resident_bytes)} + ${gigabytes(model.kv_bytes)} KV`)),
-    make("span", {}, `reserve ${gigabytes(state.reserve_bytes)}`),
-    make("span", {}, `free ${gigabytes(state.free_bytes)}`));
+      swatch(model.name), `${model.name} ${size(model.resident_bytes)} + ${size(model.kv_bytes)} KV`)),
+    make("span", {}, `reserve ${size(state.reserve_bytes)}`),
+    make("span", {}, `free ${size(state.free_bytes)}`));
 }
 
 function showTiles(state, latency) {
@@ -206,7 +209,7 @@ function showTiles(state, latency) {
   if (passed > 0.5) {
     setText(element("tokens"), ((totals.at(-1).tokens - totals[0].tokens) / passed).toFixed(0));
     const rate = (totals.at(-1).bytes - totals[0].bytes) / passed;
-    setText(element("bytes"), `${(rate / 1e9).toFixed(1)} GB/s`);
+    setText(element("bytes"), `${size(rate)}/s`);
   }
 }
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmrl.agents.export import ExportedPolicy
-from mmrl.deploy.node import observe_node
+from mmrl.deploy.transitions import observe_node
 from mmrl.errors import InputError
 from mmrl.node.actions import WAIT, verb_count
 from mmrl.node.jit import jit

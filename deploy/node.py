@@ -3,50 +3,28 @@
 The arrays, the transitions and the order of an instant's steps are the simulator's
 (``docs/semantics.md`` section 7); only the ends of iterations and transfers come from outside. What
 is to be started next stands in the arrays afterwards; the engine does it.
-
-Compiled functions take a whole array of one node and its request table: numba looks at the type of
-a single record for twenty times as long.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from mmrl.node.actions import (
-    legal,
-    legal_actions,
-    put_out,
-    settle_memory,
-    some_verb_legal,
-    verb_count,
-)
-from mmrl.node.external import (
-    cancel,
-    end_at_next_token,
-    fail_compute,
-    fail_link_bound,
-    preload,
-)
-from mmrl.node.jit import jit
-from mmrl.node.observe import observation_size, observe
+from mmrl.deploy import transitions
+from mmrl.node.actions import verb_count
+from mmrl.node.observe import observation_size
 from mmrl.node.state import (
     CANCELLED,
     DECODE,
-    DECODE_STEP,
     DISPATCHES,
     DONE,
     IDLE,
-    JOINING,
     LINK_RESTORE,
     MAX_MODELS,
     NEVER,
-    PREFILL,
     REFUSED,
-    RESTORING,
-    SAVING,
     CostTable,
     Nodes,
     Record,
@@ -57,228 +35,9 @@ from mmrl.profiles.costs import CostModel
 from mmrl.profiles.schema import Profile
 from mmrl.scenarios.bank import CostBank
 from mmrl.scenarios.targets import TargetNumbers, targets_ns
-from mmrl.sim import kernel
-from mmrl.sim.kernel import (
-    arrive,
-    blocked_model,
-    choose_model,
-    decodes_next,
-    end_compute,
-    end_link_bound,
-    start,
-    start_iteration,
-)
-from mmrl.sim.link import end_d2h, end_h2d, start_links
+from mmrl.sim.kernel import start
 
 CAPACITY = 8192  # rows of requests; the oldest that have ended make room
-
-
-@jit
-def end_transfers(nodes: Nodes, table: Nodes, now_ns: int, h2d: bool, d2h: bool) -> None:
-    """Do steps 1 and 2 of an instant: the transfers that have ended."""
-    s, r = nodes[0], table[0]
-    s.now_ns = now_ns
-    if h2d:
-        s.h2d_end_ns = now_ns
-        end_h2d(s, r)
-    if d2h:
-        s.d2h_end_ns = now_ns
-        end_d2h(s, r)
-
-
-@jit
-def end_computing(nodes: Nodes, table: Nodes) -> None:
-    """Do step 3: the iteration that computed has ended."""
-    s, r = nodes[0], table[0]
-    s.gpu_end_ns = s.now_ns
-    end_compute(s, r)
-
-
-@jit
-def end_waiting(nodes: Nodes, table: Nodes) -> None:
-    """Do step 4: the link-bound iteration, which has its bytes, has ended."""
-    end_link_bound(nodes[0], table[0])
-
-
-@jit
-def arrive_and_settle(nodes: Nodes, table: Nodes) -> bool:
-    """Do steps 5 and 6; return whether a decision is due."""
-    s, r = nodes[0], table[0]
-    arrive(s, r)
-    settle_memory(s, r)
-    return bool(min(s.due_ns, s.timer_ns) <= s.now_ns)
-
-
-@jit
-def begin_decision(nodes: Nodes, table: Nodes) -> bool:
-    """Begin a decision instant; return whether there is something to decide."""
-    s, r = nodes[0], table[0]
-    s.due_ns = NEVER
-    s.timer_ns = s.now_ns + s.interval_ns
-    s.acted[:] = 0
-    return some_verb_legal(s, r)
-
-
-@jit
-def act(nodes: Nodes, table: Nodes, action: int) -> bool:
-    """Do a decision; return whether the next one is asked for at this instant."""
-    return kernel.act(nodes[0], table[0], action)
-
-
-@jit
-def start_compute(
-    s: Record,
-    r: Nodes,
-    ready: npt.NDArray[np.int8],
-    decode_tables: CostTable,
-    prefill_tables: CostTable,
-) -> None:
-    """Give the idle device to a model (step 9)."""
-    while s.gpu_kind == IDLE:
-        m = choose_model(s, r, ready)
-        if m < 0:
-            return
-        start_iteration(s, r, m, decode_tables, prefill_tables)
-
-
-@jit
-def start_work(
-    nodes: Nodes,
-    table: Nodes,
-    ready: npt.NDArray[np.int8],
-    decode_tables: CostTable,
-    prefill_tables: CostTable,
-) -> None:
-    """Do steps 9 and 10: what can start, starts in the arrays."""
-    s, r = nodes[0], table[0]
-    start_compute(s, r, ready, decode_tables, prefill_tables)
-    start_links(s, r)
-    victim = blocked_model(s)
-    while victim >= 0:
-        s.unblocked[victim] += 1
-        put_out(s, victim)
-        settle_memory(s, r)
-        start_compute(s, r, ready, decode_tables, prefill_tables)
-        start_links(s, r)
-        victim = blocked_model(s)
-
-
-@jit
-def foresee(nodes: Nodes, table: Nodes, ready: npt.NDArray[np.int8]) -> int:
-    """Return the resident model whose decode step surely follows the one that computes, or -1.
-
-    Surely, unless something arrives, ends early or is decided in the meantime.
-    """
-    s, r = nodes[0], table[0]
-    m = s.gpu_model
-    if s.gpu_kind != DECODE_STEP or s.gpu_link_bound or s.seg_steps[m] + 1 >= s.seg_finish[m]:
-        return -1
-    c = choose_model(s, r, ready)
-    if c < 0 or s.landed[c] < s.pieces[c] or s.granted[c] > s.target[c]:
-        return -1
-    if ready[c] == 2 and not decodes_next(s, c):
-        return -1
-    if s.seg_left[c] - (c == m) <= 0:
-        return -1
-    return c
-
-
-@jit
-def kv_changes(
-    nodes: Nodes,
-    table: Nodes,
-    first: npt.NDArray[np.int64],
-    held: npt.NDArray[np.int32],
-    changed: npt.NDArray[np.int32],
-) -> int:
-    """Find the requests whose KV blocks on the device are not those that the state gives them.
-
-    Args:
-        nodes: The node.
-        table: Its requests.
-        first: int64[1], rows before this have ended and hold nothing; brought up to date here.
-        held: int32[R], blocks held now, brought up to date here.
-        changed: int32[R], receives the rows; those that give blocks back come first.
-
-    Returns:
-        How many there are.
-    """
-    s, r = nodes[0], table[0]
-    while first[0] < s.next_arrival and r[first[0]].state >= DONE and held[first[0]] == 0:
-        first[0] += 1
-    count = 0
-    for growing in range(2):
-        for i in range(first[0], s.next_arrival):
-            state = r[i].state
-            wanted = 0
-            if PREFILL <= state <= SAVING or state in (RESTORING, JOINING):
-                wanted = r[i].blocks
-            if (wanted > held[i]) if growing else (wanted < held[i]):
-                held[i] = wanted
-                changed[count] = i
-                count += 1
-    return count
-
-
-@jit
-def observe_node(
-    nodes: Nodes,
-    table: Nodes,
-    decode_tables: CostTable,
-    prefill_tables: CostTable,
-    seen: npt.NDArray[np.float32],
-    mask: npt.NDArray[np.bool_],
-) -> None:
-    """Write the observation, float32[observation_size(M)], and the legal actions, bool[A]."""
-    observe(nodes[0], table[0], decode_tables, prefill_tables, seen)
-    legal_actions(nodes[0], table[0], mask)
-
-
-@jit
-def is_legal(nodes: Nodes, table: Nodes, m: int, verb: int) -> bool:
-    """Return whether a verb (index into VERBS) on a model is legal now."""
-    return legal(nodes[0], table[0], m, verb)
-
-
-@jit
-def next_event_ns(nodes: Nodes, table: Nodes) -> int:
-    """Return the next instant that the costs foresee."""
-    s, r = nodes[0], table[0]
-    instant = min(s.gpu_end_ns, s.h2d_end_ns, s.d2h_end_ns, s.due_ns, s.timer_ns)
-    if s.next_arrival < s.n_requests:
-        instant = min(instant, r[s.next_arrival].arrival_ns)
-    return int(instant)
-
-
-@jit
-def cancel_request(nodes: Nodes, table: Nodes, i: int) -> bool:
-    """Take a request out of the node; False where it has to be tried again later."""
-    return cancel(nodes[0], table[0], i)
-
-
-@jit
-def end_output(nodes: Nodes, table: Nodes, i: int) -> None:
-    """Make the token of the iteration in flight the last one of a request."""
-    end_at_next_token(nodes[0], table[0], i)
-
-
-@jit
-def fail_iteration(nodes: Nodes, table: Nodes, m: int, link_bound: bool, out: bool) -> None:
-    """End an iteration of model ``m`` with nothing produced; ``out``: put the model out."""
-    s, r = nodes[0], table[0]
-    if link_bound:
-        fail_link_bound(s)
-    else:
-        fail_compute(s)
-    if out:
-        put_out(s, m)
-    settle_memory(s, r)
-
-
-@jit
-def preload_model(nodes: Nodes, table: Nodes, m: int) -> bool:
-    """Load all of a model if it fits; return whether it does."""
-    return preload(nodes[0], table[0], m)
 
 
 @dataclass(frozen=True)
@@ -359,7 +118,7 @@ class LiveNode:
         self._actions = 1 + count * verb_count(full_verbs)
 
     @classmethod
-    def of(cls, models: Sequence[ModelCosts], numbers: NodeNumbers) -> "LiveNode":
+    def of(cls, models: Sequence[ModelCosts], numbers: NodeNumbers) -> Self:
         """Make the node of a fleet, with nothing on the device and no requests."""
         bank = CostBank.of(tuple(model.profile for model in models))
         nodes, count = new_nodes(1), len(models)
@@ -444,11 +203,11 @@ class LiveNode:
         d2h: bool = False,
     ) -> None:
         """Come to an instant and end its transfers (steps 1 and 2)."""
-        end_transfers(self.nodes, self.table, now_ns, h2d, d2h)
+        transitions.end_transfers(self.nodes, self.table, now_ns, h2d, d2h)
 
     def end_compute(self) -> None:
         """End the iteration that computes (step 3)."""
-        end_computing(self.nodes, self.table)
+        transitions.end_computing(self.nodes, self.table)
 
     @property
     def link_bound_complete(self) -> bool:
@@ -463,62 +222,72 @@ class LiveNode:
 
     def end_link_bound(self) -> None:
         """End the link-bound iteration in flight (step 4)."""
-        end_waiting(self.nodes, self.table)
+        transitions.end_waiting(self.nodes, self.table)
 
     def settle(self) -> bool:
         """Take in arrivals and settle memory (steps 5 and 6); return whether a decision is due."""
-        return bool(arrive_and_settle(self.nodes, self.table))
+        return bool(transitions.arrive_and_settle(self.nodes, self.table))
 
     def cancel(self, i: int) -> bool:
         """Take a request out of the node; False where it has to be tried again later."""
-        return bool(cancel_request(self.nodes, self.table, i))
+        return bool(transitions.cancel_request(self.nodes, self.table, i))
 
     def end_output(self, i: int) -> None:
         """Make the token of the iteration in flight the last one of a request."""
-        end_output(self.nodes, self.table, i)
+        transitions.end_output(self.nodes, self.table, i)
 
     def fail_iteration(self, m: int, *, link_bound: bool, out: bool) -> None:
         """End an iteration with nothing produced; ``out``: and put its model out."""
-        fail_iteration(self.nodes, self.table, m, link_bound, out)
+        transitions.fail_iteration(self.nodes, self.table, m, link_bound, out)
 
     def preload(self, m: int) -> bool:
         """Load all of a model if it fits; return whether it does."""
-        return bool(preload_model(self.nodes, self.table, m))
+        return bool(transitions.preload_model(self.nodes, self.table, m))
 
     # ------------------------------------------------------------------ decisions
 
     def begin_decision(self) -> bool:
         """Begin a decision instant; return whether a verb is legal."""
-        return bool(begin_decision(self.nodes, self.table))
+        return bool(transitions.begin_decision(self.nodes, self.table))
 
     def act(self, action: int) -> bool:
         """Do a decision (step 8); return whether the next one is asked for at this instant."""
-        return bool(act(self.nodes, self.table, action))
+        return bool(transitions.act(self.nodes, self.table, action))
 
     def legal(self, m: int, verb: int) -> bool:
         """Return whether a verb (index into VERBS) on a model is legal now."""
-        return bool(is_legal(self.nodes, self.table, m, verb))
+        return bool(transitions.is_legal(self.nodes, self.table, m, verb))
 
     def look(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """Return the observation, float32[observation_size(M)], and the legal actions, bool[A]."""
         seen = np.zeros(observation_size(int(self.state.n_models)), np.float32)
         mask = np.zeros(self._actions, np.bool_)
-        observe_node(self.nodes, self.table, self.decode_tables, self.prefill_tables, seen, mask)
+        transitions.observe_node(
+            self.nodes, self.table, self.decode_tables, self.prefill_tables, seen, mask
+        )
         return seen, mask
 
     # ------------------------------------------------------------------ what to do
 
     def start_work(self) -> None:
         """Start in the arrays what can start (steps 9 and 10)."""
-        start_work(self.nodes, self.table, self._ready, self.decode_tables, self.prefill_tables)
+        transitions.start_work(
+            self.nodes, self.table, self._ready, self.decode_tables, self.prefill_tables
+        )
 
     def foresee(self) -> int:
         """Return the model whose decode step surely follows the one that computes, or -1."""
-        return int(foresee(self.nodes, self.table, self._ready))
+        return int(transitions.foresee(self.nodes, self.table, self._ready))
+
+    def foresee_stream(self) -> int:
+        """Return whose next link-bound iteration surely streams what its last one did, or -1."""
+        return int(transitions.foresee_stream(self.nodes, self.table))
 
     def kv_changes(self) -> list[int]:
         """Return the rows whose device blocks changed since the last call, shrinking ones first."""
-        count = kv_changes(self.nodes, self.table, self._first, self._held, self._changed)
+        count = transitions.kv_changes(
+            self.nodes, self.table, self._first, self._held, self._changed
+        )
         return [int(i) for i in self._changed[:count]]
 
     def blocks(self, i: int) -> int:
@@ -527,7 +296,7 @@ class LiveNode:
 
     def next_event_ns(self) -> int:
         """Return the next instant that the costs foresee: for a node under a simulated clock."""
-        return int(next_event_ns(self.nodes, self.table))
+        return int(transitions.next_event_ns(self.nodes, self.table))
 
     def decoding(self, m: int) -> list[int]:
         """Return the rows of the decode batch of a model, in order of arrival."""

@@ -27,7 +27,7 @@ from torch import nn
 
 from mmrl.deploy.attention import Decode, Prefill, use_paged_attention
 from mmrl.deploy.kv import BLOCK_TOKENS, KVPool, Table
-from mmrl.deploy.sampling import Choice, choose, forbid
+from mmrl.deploy.sampling import PARAMETERS, Choice, choose, forbid
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MAX_BATCH = BATCH_SIZES[-1]
@@ -128,6 +128,10 @@ class ModelRunner:
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=cuda)
         self._words: npt.NDArray[np.int32] = self._host.numpy()
         self._staged = torch.zeros_like(self._host, device=device) if cuda else self._host
+        # Of the draws, as the words that a kernel copies.
+        words = 2 * MAX_BATCH * PARAMETERS
+        self._draws = torch.zeros(words, dtype=torch.int32, pin_memory=cuda)
+        self._drawn = torch.zeros_like(self._draws, device=device) if cuda else self._draws
         self._chosen = torch.zeros(MAX_BATCH, dtype=torch.int64, device=device)
         self._answer = torch.zeros(MAX_BATCH, dtype=torch.int64, pin_memory=cuda)
         self._graph_pool = graph_pool if cuda and not _depends_on_lengths(module) else None
@@ -391,13 +395,22 @@ class ModelRunner:
         rows = len(choices)
         if all(choice.greedy for choice in choices):
             return self._receive(self._chosen[:rows])
-        return self._receive(choose(logits[:rows], choices, positions))
+        return self._receive(choose(logits[:rows], choices, positions, self._send_draws))
 
     def _send(self, count: int) -> torch.Tensor:
         """Start the copy of the first numbers of the staging buffer; return it on the device."""
         if self._staged is not self._host:
             self._copy(self._host[:count], self._staged[:count])
         return self._staged
+
+    def _send_draws(self, parameters: torch.Tensor) -> torch.Tensor:
+        """Start the copy of float64 ``[rows, PARAMETERS]``; return it on the device."""
+        words = parameters.view(torch.int32).view(-1)
+        count = len(words)
+        self._draws[:count] = words
+        if self._drawn is not self._draws:
+            self._copy(self._draws[:count], self._drawn[:count])
+        return self._drawn[:count].view(torch.float64).view(parameters.shape)
 
     def _receive(self, tokens: torch.Tensor) -> list[int]:
         """Return tokens when the device has computed them."""

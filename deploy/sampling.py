@@ -7,13 +7,14 @@ who else is in the batch, not on a preemption in between, not on the machine (up
 a logarithm).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mmrl.deploy.protocol import Sampling
 
+PARAMETERS = 6  # numbers that a draw needs
 _GREEDY_BELOW = 1e-5  # temperature
 _ROWS_AT_ONCE = 16  # bounds the memory of a draw: a vocabulary of 256k takes about 100 MiB
 _MASK_64 = 2**64 - 1
@@ -63,7 +64,10 @@ def forbid(logits: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> No
 
 
 def choose(
-    logits: torch.Tensor, choices: Sequence[Choice], positions: Sequence[int]
+    logits: torch.Tensor,
+    choices: Sequence[Choice],
+    positions: Sequence[int],
+    send: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Choose a token for each row.
 
@@ -71,20 +75,26 @@ def choose(
         logits: ``[rows, vocabulary]``, of any floating type.
         choices: How, for each row. ``no_eos`` is not looked at, see `forbid`.
         positions: Position in its sequence of each token to be chosen.
+        send: Brings float64 ``[drawn rows, PARAMETERS]`` from the host to the device of the
+            logits; by default the usual copy.
 
     Returns:
         int64 ``[rows]``, on the device of the logits.
     """
     plain = [i for i, choice in enumerate(choices) if not choice.greedy and not _cuts(choice)]
     cut = [i for i, choice in enumerate(choices) if not choice.greedy and _cuts(choice)]
-    if len(plain) + len(cut) == len(choices):
+    drawn = plain + cut
+    if len(drawn) == len(choices):
         chosen = torch.empty(len(choices), dtype=torch.int64, device=logits.device)
     else:
         chosen = logits.argmax(-1)
-    for rows in (plain, cut):
-        for begin in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[begin : begin + _ROWS_AT_ONCE]
-            _draw(logits, chosen, part, choices, positions, cuts=rows is cut)
+    if not drawn:
+        return chosen
+    parameters = _parameters(drawn, choices, positions, logits.shape[-1])
+    there = parameters.to(logits.device) if send is None else send(parameters)
+    for first, end, cuts in ((0, len(plain), False), (len(plain), len(drawn), True)):
+        for begin in range(first, end, _ROWS_AT_ONCE):
+            _draw(logits, chosen, there[begin : min(begin + _ROWS_AT_ONCE, end)], cuts)
     return chosen
 
 
@@ -115,17 +125,11 @@ def _cuts(choice: Choice) -> bool:
     return choice.top_p < 1 or choice.top_k > 0
 
 
-def _draw(
-    logits: torch.Tensor,
-    chosen: torch.Tensor,
-    rows: list[int],
-    choices: Sequence[Choice],
-    positions: Sequence[int],
-    cuts: bool,
-) -> None:
-    """Draw the tokens of some rows into ``chosen``."""
-    vocabulary = logits.shape[-1]
-    parameters = torch.tensor(
+def _parameters(
+    rows: Sequence[int], choices: Sequence[Choice], positions: Sequence[int], vocabulary: int
+) -> torch.Tensor:
+    """Return what the draws of some rows need, float64 ``[rows, PARAMETERS]``."""
+    return torch.tensor(
         [
             (
                 row,
@@ -137,7 +141,19 @@ def _draw(
             for row in rows
         ],
         dtype=torch.float64,  # holds 32-bit words exactly
-    ).to(logits.device)
+    )
+
+
+def _draw(logits: torch.Tensor, chosen: torch.Tensor, parameters: torch.Tensor, cuts: bool) -> None:
+    """Draw the tokens of some rows into ``chosen``.
+
+    Args:
+        logits: ``[rows, vocabulary]``.
+        chosen: int64 ``[rows]``.
+        parameters: Of the rows to be drawn, from `_parameters`, on the device of the logits.
+        cuts: Whether top_k or top_p leave tokens out.
+    """
+    vocabulary = logits.shape[-1]
     index = parameters[:, 0].long()
     noise = gumbel(parameters[:, 1:3].to(torch.int32), vocabulary)
     scores = logits.index_select(0, index).float()

@@ -5,41 +5,25 @@ The parameters of the module are views of one range of device addresses in which
 its place, loading it is one copy from the host, dropping it is giving the memory back: no parameter
 is touched, nothing is copied back, and CUDA graphs captured once stay valid.
 
-A model that holds only some layers runs all the same. While such a *link-bound* iteration is in
-flight (`LinkBoundGate`), a hook of accelerate on each missing layer makes the forward pass wait
-until the layer has come: to its own place if a load brings it, else into one of two streaming slots
-that all models of the node share (`StreamSlots`), at which its parameters point for that long.
-A slot is filled again as soon as the layer in it has been computed. Outside of a link-bound
-iteration no hook is attached and every parameter points at its own place.
+A model that holds only some layers runs all the same, see ``mmrl.deploy.streaming``: the others
+come through slots for the time of an iteration. Outside of such an iteration every parameter points
+at its own place.
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from mmrl.deploy.memory import (
-    DeviceMemory,
-    HostArena,
-    VirtualRange,
-    copy_async,
-    wait_for_stream,
-)
+from mmrl.deploy.memory import DeviceMemory, HostArena, copy_async, wait_for_stream
+from mmrl.deploy.streaming import LinkBoundGate, StreamSlots
 
 if TYPE_CHECKING:
     from mmrl.deploy.checkpoint import Piece
 
 HOST_ALIGNMENT = 4096  # bytes; each piece begins on a page of the host
-
-
-class Abandoned(Exception):
-    """The link-bound iteration has been cancelled: it yields nothing, its layers do not come."""
 
 
 def nested_order(layers: int) -> tuple[int, ...]:
@@ -118,59 +102,6 @@ def host_buffers(arena: HostArena, pieces: Sequence["Piece"]) -> list[torch.Tens
 
 def _round_up(nbytes: int) -> int:
     return -(-nbytes // HOST_ALIGNMENT) * HOST_ALIGNMENT
-
-
-class StreamSlots:
-    """Two places on the device for layers that come and go, shared by all models of a node.
-
-    Args:
-        memory: Where; the memory is committed for life.
-        nbytes: Bytes of the largest layer of the fleet; 0 where no layer is ever streamed.
-
-    Attributes:
-        nbytes: As given.
-        device_bytes: What the two take of the budget.
-        condition: Guards the slots and every gate on them; who waits for a layer or for a slot
-            waits on it.
-
-    Raises:
-        OutOfDeviceMemory: There is no room for them.
-    """
-
-    def __init__(self, memory: DeviceMemory, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.condition = threading.Condition()
-        self.slots: tuple[_Slot, ...] = ()
-        self.device_bytes = 2 * memory.round_up(nbytes)
-        self._range: VirtualRange | None = None
-        if nbytes:
-            self._range = memory.reserve(self.device_bytes)
-            self._range.commit(0, self.device_bytes, whole=True)
-            self.slots = tuple(_Slot(part) for part in self._range.tensor.chunk(2))
-
-    def close(self) -> None:
-        """Give the memory back; no model that was built on these slots may run any more."""
-        self.slots = ()
-        if self._range is not None:
-            self._range.close()
-
-
-class _Slot:
-    """One streaming slot. Everything but tensor is guarded by the condition of the slots."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        self.user: LinkBoundGate | None = None  # its layer is in here, and not yet computed
-        self.copying = False
-        self.stream: torch.cuda.Stream | None = None  # on which the layer in here is computed
-        self.computed: torch.cuda.Event | None = None  # when the device is done with the last one
-
-    def release(self) -> None:
-        """Let the next layer in, after what has been launched on the layer that is in here."""
-        if self.stream is not None:
-            self.computed = self.stream.record_event()
-            self.stream = None
-        self.user = None
 
 
 class ModelWeights:
@@ -349,7 +280,7 @@ class ModelWeights:
             with self._slots.condition:
                 self._copying.discard(piece)
 
-    def stream_layer(self, layer: int, gate: "LinkBoundGate") -> bool:
+    def stream_layer(self, layer: int, gate: LinkBoundGate) -> bool:
         """Copy a layer to its slot on the current stream, and return when it is there.
 
         First waits until the layer that used the slot has been computed. A thread that also loads
@@ -372,8 +303,11 @@ class ModelWeights:
         *,
         pull: bool = False,
         freed: Callable[[], None] | None = None,
-    ) -> "LinkBoundGate":
+    ) -> LinkBoundGate:
         """Open the gate of a link-bound iteration; see `LinkBoundGate`.
+
+        It is the one that `LinkBoundGate.following` has opened already where that streams the same
+        layers of this model; any other that has been opened early is closed.
 
         Args:
             streamed: The layers to stream, in order of execution: those that are not granted, and
@@ -397,8 +331,18 @@ class ModelWeights:
         with self._slots.condition:
             if self._gate is not None:
                 raise RuntimeError("a link-bound iteration of this model is still open")
-            self._gate = LinkBoundGate(self, self._slots, streamed, pull, freed)
-            return self._gate
+            early, self._slots.early = self._slots.early, None
+        if early is not None and not early.serves(self, streamed):
+            early.close()
+            early = None
+        self._gate = early or LinkBoundGate(self, self._slots, streamed, pull, freed)
+        return self._gate
+
+    @property
+    def early_gate(self) -> LinkBoundGate | None:
+        """The gate that `LinkBoundGate.following` has opened for this model's next iteration."""
+        early = self._slots.early
+        return early if early is not None and early.serves(self, early.streamed) else None
 
     def close(self) -> None:
         """Give all device memory back, with the addresses; the module cannot be used any more."""
@@ -406,7 +350,7 @@ class ModelWeights:
         self.granted = None
         self.landed = frozenset()
 
-    def _fill_slot(self, layer: int, gate: "LinkBoundGate") -> bool:
+    def _fill_slot(self, layer: int, gate: LinkBoundGate) -> bool:
         condition = self._slots.condition
         with condition:
             if gate.over():
@@ -414,7 +358,8 @@ class ModelWeights:
             number = gate._begun
             if number == len(gate.streamed) or gate.streamed[number] != layer:
                 raise ValueError(f"layer {layer} is not the next of {list(gate.streamed)}")
-            slot = self._slots.slots[number % 2]
+            place = gate.slot_of(number)
+            slot = self._slots.slots[place]
             condition.wait_for(lambda: slot.user is None or gate.over())
             if gate.over():
                 return False
@@ -430,13 +375,13 @@ class ModelWeights:
             with condition:
                 slot.copying = False
                 if arrived and not gate.closed:
-                    gate._in_slot[layer] = number % 2
+                    gate._in_slot[layer] = place
                 else:
                     slot.user = None
                 condition.notify_all()
         return True
 
-    def _pull(self, layer: int, gate: "LinkBoundGate") -> None:
+    def _pull(self, layer: int, gate: LinkBoundGate) -> None:
         """Copy a missing layer to where the iteration expects it, on the thread that computes."""
         if layer in gate.streamed:
             self._fill_slot(layer, gate)
@@ -478,158 +423,6 @@ class ModelWeights:
         views = self._home[layer + 1] if slot is None else self._in_slot[slot][layer]
         for parameter, view in zip(self._parameters[layer + 1], views, strict=True):
             parameter.data = view
-
-
-class LinkBoundGate(AbstractContextManager["LinkBoundGate"]):
-    """The gate of one link-bound iteration: it computes each layer as soon as it has come.
-
-    Used by three threads. The scheduler makes it (`ModelWeights.link_bound`) and may cancel it;
-    the thread that computes runs the forward pass inside ``with gate:``; the thread that copies
-    calls `ModelWeights.stream_layer` for each streamed layer and `ModelWeights.copy_piece` for
-    granted ones. From its making on the slots can be filled; the gate must then be entered, or
-    closed.
-
-    Attributes:
-        streamed: Layers to stream, in order of execution; number k goes into slot k mod 2.
-        pull: Whether the iteration copies the missing layers itself, in place of waiting for them.
-        cancelled: Whether it has been cancelled.
-        closed: Whether it has been left, or closed.
-    """
-
-    def __init__(
-        self,
-        weights: ModelWeights,
-        slots: StreamSlots,
-        streamed: tuple[int, ...],
-        pull: bool,
-        freed: Callable[[], None] | None,
-    ) -> None:
-        self.streamed = streamed
-        self.pull = pull
-        self.cancelled = False
-        self.closed = False
-        self._begun = 0  # of the streamed layers
-        self._in_slot: dict[int, int] = {}  # streamed layers that have come -> slot
-        self._weights = weights
-        self._slots = slots
-        self._freed = freed
-        landed, streams = weights.landed, set(streamed)
-        self._hooked = [i for i in range(weights.layers) if i in streams or i + 1 not in landed]
-        self._moved: list[int] = []  # layers whose parameters point at a slot
-
-    def over(self) -> bool:
-        """Return whether no further layer can be of use to it."""
-        return self.cancelled or self.closed
-
-    def __enter__(self) -> "LinkBoundGate":
-        """Attach the hooks.
-
-        Raises:
-            Abandoned: It has been cancelled already; it is closed then.
-        """
-        if self.cancelled:
-            self.close()
-            raise Abandoned
-        for layer in self._hooked:
-            add_hook_to_module(self._weights._layer_modules[layer], _LayerHook(self, layer))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for layer in self._hooked:
-            remove_hook_from_module(self._weights._layer_modules[layer])
-        self.close()
-
-    def slot_free(self, number: int) -> bool:
-        """Return whether the copy of the streamed layer of this number could start at once."""
-        with self._slots.condition:
-            return self._slots.slots[number % 2].user is None
-
-    def cancel(self) -> None:
-        """Abandon the iteration: the forward pass raises `Abandoned` at its next missing layer.
-
-        The thread that computes still has to leave the gate.
-        """
-        with self._slots.condition:
-            self.cancelled = True
-            self._slots.condition.notify_all()
-
-    def close(self) -> None:
-        """Leave the slots and the module as they were; leaving the ``with`` block does it.
-
-        To be called by itself only for a gate that will never be entered. Does nothing twice.
-        """
-        if self.closed:
-            return
-        for layer in self._moved:
-            self._weights._point(layer, None)
-        with self._slots.condition:
-            self.closed = True
-            self._weights._gate = None
-            for slot in self._slots.slots:
-                if slot.user is self and not slot.copying:
-                    slot.release()
-            self._slots.condition.notify_all()
-
-    def _before(self, layer: int) -> None:
-        """Return when a layer can be computed; its parameters then point at its weights.
-
-        Raises:
-            Abandoned: The iteration has been cancelled.
-        """
-        streams = layer in self.streamed
-        if self.pull:
-            self._weights._pull(layer, self)
-        with self._slots.condition:
-            if not self.pull:
-                self._slots.condition.wait_for(
-                    lambda: self.cancelled or self._has_come(layer, streams)
-                )
-            if self.cancelled:
-                raise Abandoned
-        if streams:
-            number = self._in_slot[layer]
-            slot = self._slots.slots[number]
-            if slot.tensor.is_cuda:
-                slot.stream = torch.cuda.current_stream(slot.tensor.device)
-            self._weights._point(layer, number)
-            self._moved.append(layer)
-
-    def _after(self, layer: int) -> None:
-        """Free the slot of a layer whose computation has been launched."""
-        number = self._in_slot.get(layer)
-        if number is None:
-            return
-        with self._slots.condition:
-            self._slots.slots[number].release()
-            self._slots.condition.notify_all()
-        if self._freed is not None:
-            self._freed()
-
-    def _has_come(self, layer: int, streams: bool) -> bool:
-        return layer in self._in_slot if streams else layer + 1 in self._weights.landed
-
-
-class _LayerHook(ModelHook):  # type: ignore[misc]  # accelerate has no types
-    """Holds the forward pass of one decoder layer until its weights have come."""
-
-    def __init__(self, gate: LinkBoundGate, layer: int) -> None:
-        self._gate = gate
-        self._layer = layer
-
-    def pre_forward(
-        self, module: nn.Module, *args: Any, **kwargs: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._gate._before(self._layer)
-        return args, kwargs
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        self._gate._after(self._layer)
-        return output
 
 
 def _views(place: torch.Tensor, piece: "Piece") -> list[torch.Tensor]:

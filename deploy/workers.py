@@ -2,14 +2,19 @@
 
 A job is a plain function that returns when its work is done on the device, so that the engine's
 loop sees only beginnings and ends. On CUDA each worker has a stream of its own for its whole life.
+
+The loop sees a worker as a `Lane`: the task that the state knows to be under way, and what has been
+queued behind it before the state asks for it. The worker then goes on without waiting for the loop;
+where the state decides otherwise after all, a task that came ahead is dropped.
 """
 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -35,6 +40,57 @@ class Done:
     tag: Any = None
 
 
+@dataclass(eq=False)
+class Task:
+    """Something that a worker does.
+
+    Attributes:
+        done: Its end, once the loop has heard of it.
+    """
+
+    done: Done | None = field(default=None, kw_only=True)
+
+
+T = TypeVar("T", bound=Task)
+
+
+class Inbox:
+    """Where other threads leave messages for the loop.
+
+    Attributes:
+        calls: Functions that the loop is to call, in order.
+    """
+
+    def __init__(self) -> None:
+        self.calls: deque[Callable[[], None]] = deque()
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def put(self, message: "Done | Callable[[], None] | None") -> None:
+        """Leave a message, from any thread: an end, a function to call, or None to wake up."""
+        self._queue.put(message)
+
+    def receive(self, timeout_s: float) -> None:
+        """Wait for a message at most so long, and take in all that are there."""
+        try:
+            message = (
+                self._queue.get(timeout=timeout_s) if timeout_s > 0 else self._queue.get(False)
+            )
+            while True:
+                if isinstance(message, Done):
+                    if isinstance(message.tag, Task):
+                        message.tag.done = message
+                elif message is not None:
+                    self.calls.append(message)
+                message = self._queue.get(False)
+        except queue.Empty:
+            return
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Take messages in until a condition holds."""
+        while not condition():
+            self.receive(60.0)
+
+
 class Worker:
     """One thread; jobs are done in the order in which they come.
 
@@ -49,7 +105,7 @@ class Worker:
         self,
         name: str,
         device: torch.device,
-        inbox: "queue.SimpleQueue[Any]",
+        inbox: Inbox,
         high_priority: bool = False,
     ) -> None:
         self.name = name
@@ -83,3 +139,55 @@ class Worker:
                 ended = time.monotonic_ns()
                 self._inbox.put(Done(self.name, result, error, begun, ended, tag))
                 del job, order, result, error
+
+
+class Lane(Generic[T]):
+    """A worker as the loop sees it.
+
+    Attributes:
+        worker: Does the tasks in the order in which they come.
+        current: What the state knows to be under way.
+        ahead: What was queued before the state asks for it, in order; at most the last of them has
+            not ended.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.current: T | None = None
+        self.ahead: list[T] = []
+
+    @property
+    def ended(self) -> bool:
+        """Whether what the state knows of has ended."""
+        return self.current is not None and self.current.done is not None
+
+    @property
+    def unfinished(self) -> T | None:
+        """The task queued ahead that has not ended, wanted or not."""
+        return self.ahead[-1] if self.ahead and self.ahead[-1].done is None else None
+
+    def start(self, job: Callable[[], Any], task: T) -> None:
+        """Start what the state asks for."""
+        self.current = task
+        self.worker.submit(job, task)
+
+    def queue(self, job: Callable[[], Any], task: T) -> None:
+        """Queue what the state will ask for; nothing queued ahead may be unfinished."""
+        assert self.unfinished is None
+        self.ahead.append(task)
+        self.worker.submit(job, task)
+
+    def adopt(self, task: T) -> None:
+        """Take a task that was queued ahead for what the state asks for."""
+        self.ahead.remove(task)
+        self.current = task
+
+    def drop(self, unwanted: Callable[[T], bool]) -> None:
+        """Forget tasks queued ahead that have ended and are not wanted any more."""
+        self.ahead = [task for task in self.ahead if task.done is None or not unwanted(task)]
+
+    def finish(self) -> tuple[T, Done]:
+        """Return what has ended, and its end; nothing is under way then."""
+        task, self.current = self.current, None
+        assert task is not None and task.done is not None
+        return task, task.done

@@ -395,13 +395,14 @@ def start_compute(
     ready: npt.NDArray[np.int8],
     decode_tables: CostTable,
     prefill_tables: CostTable,
+    cycles: bool,
 ) -> None:
     """Give the idle device to a model, after the cycles in which nothing else happens."""
     while s.gpu_kind == IDLE:
         m = choose_model(s, r, ready)
         if m < 0:
             return
-        if not links_pending(s):
+        if cycles and not links_pending(s):
             run_cycles(s, r, ready, min(other_event_ns(s, r), s.horizon_ns))
             catch_up(s, s.now_ns)
         start_iteration(s, r, m, decode_tables, prefill_tables)
@@ -438,16 +439,20 @@ def start_work(
     ready: npt.NDArray[np.int8],
     decode_tables: CostTable,
     prefill_tables: CostTable,
+    cycles: bool,
 ) -> None:
-    """Start what can start at this instant (steps 9 and 10), unblocking the node if need be."""
-    start_compute(s, r, ready, decode_tables, prefill_tables)
+    """Start what can start at this instant (steps 9 and 10), unblocking the node if need be.
+
+    ``cycles``: whether time may pass by whole cycles of decode steps; not on a live node.
+    """
+    start_compute(s, r, ready, decode_tables, prefill_tables, cycles)
     start_links(s, r)
     victim = blocked_model(s)
     while victim >= 0:
         s.unblocked[victim] += 1
         put_out(s, victim)
         settle_memory(s, r)
-        start_compute(s, r, ready, decode_tables, prefill_tables)
+        start_compute(s, r, ready, decode_tables, prefill_tables, cycles)
         start_links(s, r)
         victim = blocked_model(s)
 
@@ -500,7 +505,7 @@ def next_decision(
 ) -> None:
     """Let time pass to the next decision instant, or to the end of the episode (``s.done``)."""
     while True:
-        start_work(s, r, ready, decode_tables, prefill_tables)
+        start_work(s, r, ready, decode_tables, prefill_tables, True)
         instant = min(other_event_ns(s, r), s.gpu_end_ns)
         if instant >= s.horizon_ns:
             catch_up(s, s.horizon_ns)

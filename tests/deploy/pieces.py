@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from mmrl.deploy.checkpoint import Piece, TensorSpec
 from mmrl.deploy.memory import DeviceMemory, HostArena
-from mmrl.deploy.weights import ModelWeights, StreamSlots, host_buffers, host_bytes
+from mmrl.deploy.streaming import StreamSlots
+from mmrl.deploy.weights import ModelWeights, host_buffers, host_bytes
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 64,

@@ -16,7 +16,8 @@ from mmrl.deploy.memory import (
     copy_async,
     wait_for_stream,
 )
-from mmrl.deploy.weights import Abandoned, LinkBoundGate, ModelWeights, StreamSlots
+from mmrl.deploy.streaming import Abandoned, LinkBoundGate, StreamSlots
+from mmrl.deploy.weights import ModelWeights
 from tests.deploy.pieces import Fixture, llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

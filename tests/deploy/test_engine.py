@@ -1,5 +1,6 @@
 """The engine: the simulator's decisions, everybody's tokens, and nothing lost when things fail."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,13 +11,21 @@ import torch
 from transformers import LlamaConfig, Qwen2Config
 
 from mmrl.deploy.checkpoint import Checkpoint
+from mmrl.deploy.clock import RealTime, SimulatedTime
 from mmrl.deploy.config import build_config
-from mmrl.deploy.engine import FAILURES, Engine, RealTime, SimulatedTime
+from mmrl.deploy.engine import FAILURES, Engine
 from mmrl.deploy.fleet import Fleet, open_fleet
 from mmrl.deploy.memory import OutOfDeviceMemory
 from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
+from mmrl.deploy.streaming import StreamSlots
 from mmrl.deploy.testbed import MODELS, configuration
 from mmrl.node.actions import (
+    LEVEL_25,
+    LEVEL_50,
+    LEVEL_100,
+    OUT,
+    WAIT,
+    encode,
     legal_actions,
     some_verb_legal,
 )
@@ -241,6 +250,59 @@ def test_decisions_are_the_simulators(seed: int, verbs: str, closing: list[Fleet
     assert heard.tokens == dict(enumerate(expected(models, [one for _, one in asked], closing)))
 
 
+class Deciding:
+    """An adapter that may replace what its champion says."""
+
+    def __init__(self, engine: Engine, choose: Callable[[], int | None]) -> None:
+        self._adapter, self._choose = engine.adapter, choose
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)
+
+    def poll(self, nodes: Any, table: Any) -> Any:
+        verdict, action = self._adapter.poll(nodes, table), self._choose()
+        return verdict if action is None else type(verdict)(action, "policy", 0.0)
+
+
+def decide_at_random(engine: Engine, rng: np.random.Generator, share: float) -> None:
+    def choose() -> int | None:
+        if rng.random() >= share:
+            return None
+        return int(rng.choice(np.flatnonzero(engine.node.look()[1])))
+
+    engine.adapter = Deciding(engine, choose)  # type: ignore[assignment]
+
+
+def decide_by_hand(engine: Engine) -> Callable[[int, int], None]:
+    """Have nobody decide; return what does a verb (index into VERBS) on a model, in the loop."""
+    engine.adapter = Deciding(engine, lambda: WAIT)  # type: ignore[assignment]
+    node = engine.node
+
+    def verb(m: int, verb: int) -> None:
+        assert node.legal(m, verb)
+        node.act(encode(int(node.state.full_verbs), m, verb))
+        node.state.acted[:] = 0
+
+    return verb
+
+
+def linger(engine: Engine, before_end: Callable[[], None] = lambda: time.sleep(0.001)) -> None:
+    """Do something on the thread of each link-bound iteration after it has computed."""
+
+    def lingering(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            result = function(*arguments, **named)
+            if threading.current_thread().name == "link-bound":
+                before_end()
+            return result
+
+        return call
+
+    for model in engine.models:
+        runner: Any = model.runner
+        runner.decode, runner.prefill = lingering(runner.decode), lingering(runner.prefill)
+
+
 def test_random_decisions_in_real_time_change_no_token(closing: list[Fleet]) -> None:
     models = checkpoints()
     asked = [one for _, one in script(7, 24, len(models))]
@@ -250,19 +312,8 @@ def test_random_decisions_in_real_time_change_no_token(closing: list[Fleet]) -> 
     engine, s = fleet.engine, fleet.engine.node.state
     heard, rng = Listener(engine), np.random.default_rng(0)
 
-    class Random:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(adapter, name)
-
-        def poll(self, nodes: Any, table: Any) -> Any:
-            verdict = adapter.poll(nodes, table)
-            if rng.random() < 0.5:
-                _, mask = engine.node.look()
-                action = int(rng.choice(np.flatnonzero(mask)))
-                return type(verdict)(action, "policy", 0.0)
-            return verdict
-
-    adapter, engine.adapter = engine.adapter, Random()  # type: ignore[assignment]
+    decide_at_random(engine, rng, 0.5)
+    linger(engine)
     s.gap_ns = 1_000_000
     engine.begin()
     for number, one in enumerate(asked):
@@ -270,6 +321,7 @@ def test_random_decisions_in_real_time_change_no_token(closing: list[Fleet]) -> 
     run(engine, lambda: len(heard.finish) == len(asked))
     assert [heard.tokens[n] for n in range(len(asked))] == wanted
     assert s.outs.sum() > 0 and s.preempted.sum() > 0 and s.stream_bytes.sum() > 0
+    assert engine.transfers.prefetched > 0
     assert fleet.memory.peak_bytes <= fleet.memory.budget_bytes
 
 
@@ -290,18 +342,7 @@ def test_eight_families_share_a_device_and_lose_no_token(closing: list[Fleet]) -
     closing.append(fleet)
     engine, s, heard = fleet.engine, fleet.engine.node.state, Listener(fleet.engine)
 
-    class Random:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(adapter, name)
-
-        def poll(self, nodes: Any, table: Any) -> Any:
-            verdict = adapter.poll(nodes, table)
-            if rng.random() < 0.4:
-                action = int(rng.choice(np.flatnonzero(engine.node.look()[1])))
-                return type(verdict)(action, "policy", 0.0)
-            return verdict
-
-    adapter, engine.adapter = engine.adapter, Random()  # type: ignore[assignment]
+    decide_at_random(engine, rng, 0.4)
     s.gap_ns = 5_000_000
     engine.begin()
     for number, one in enumerate(asked):
@@ -309,6 +350,133 @@ def test_eight_families_share_a_device_and_lose_no_token(closing: list[Fleet]) -
     run(engine, lambda: len(heard.finish) == len(asked))
     assert [heard.tokens[n] for n in range(len(asked))] == wanted
     assert s.outs.sum() > 3 and s.preempted.sum() > 0
+
+
+class Streaming:
+    """A node whose models stream half of their layers, and a step of which ends when it is told.
+
+    Attributes:
+        copies: Layers that went over the link to a slot.
+        begun: Link-bound iterations that have computed.
+    """
+
+    def __init__(self, closing: list[Fleet], end_when: Callable[["Streaming"], bool]) -> None:
+        self.models = checkpoints(2)
+        self.fleet = fleet_of(self.models, 3.0, verbs="full")
+        closing.append(self.fleet)
+        self.engine = self.fleet.engine
+        self.heard, self.copies, self.begun = Listener(self.engine), 0, 0
+        self.verb = decide_by_hand(self.engine)
+        self._end_when = end_when
+        for model in self.engine.models:
+            self._count_copies(model.weights)
+        linger(self.engine, self._before_end)
+        self.engine.begin()
+        for m in range(2):
+            self.engine.call(lambda m=m: self.verb(m, LEVEL_50))  # type: ignore[misc]
+        s = self.engine.node.state
+        run(self.engine, lambda: bool((s.landed[:2] == [3, 4]).all()))
+
+    @property
+    def slots(self) -> StreamSlots:
+        return self.fleet._slots
+
+    @property
+    def prefetched(self) -> int:
+        return self.engine.transfers.prefetched
+
+    @property
+    def asked_layers(self) -> int:
+        """Layers that the state has asked for."""
+        s = self.engine.node.state
+        return int((s.stream_bytes[:2] // s.layer_bytes[:2]).sum())
+
+    def finish(self, asked: list[Generate], closing: list[Fleet]) -> None:
+        """Run to the end and compare all tokens with those of each request alone."""
+        run(self.engine, lambda: len(self.heard.finish) == len(asked))
+        run(self.engine, lambda: self.engine.transfers.h2d.unfinished is None)
+        wanted = expected(self.models, asked, closing)
+        for number, tokens in enumerate(wanted):
+            if self.heard.finish[number] is not Finish.CANCELLED:
+                assert self.heard.tokens[number] == tokens
+        kept = {None, self.slots.early}
+        assert {slot.user for slot in self.slots.slots} <= kept
+
+    def _before_end(self) -> None:
+        self.begun += 1
+        deadline = time.monotonic() + 20
+        while not self._end_when(self):
+            assert time.monotonic() < deadline, "the step is never told to end"
+            time.sleep(0.0005)
+
+    def _count_copies(self, weights: Any) -> None:
+        fill = weights._fill_slot
+
+        def filling(layer: int, gate: Any) -> bool:
+            came = bool(fill(layer, gate))
+            self.copies += came
+            return came
+
+        weights._fill_slot = filling
+
+
+def test_the_layers_of_the_next_step_come_before_it_begins(closing: list[Fleet]) -> None:
+    """Both slots are filled again before a step ends; each layer goes over the link once a step.
+
+    A prefill, five steps; nothing is known to follow the last.
+    """
+    asked = [request(0, 40, 6, sampling=GREEDY)]
+    node = Streaming(closing, lambda node: node.prefetched == 2 * min(node.begun, 5))
+    node.engine.submit(0, asked[0])
+    node.finish(asked, closing)
+    assert node.begun == 6 and node.prefetched == 10
+    assert node.copies == node.asked_layers == 12
+
+
+@pytest.mark.parametrize("why", ["level", "resident", "out", "cancelled", "other", "load"])
+def test_layers_that_came_for_a_step_that_does_not_come_do_no_harm(
+    why: str, closing: list[Fleet]
+) -> None:
+    asked = [request(0, 40, 8, sampling=GREEDY), request(1, 30, 4, 1, sampling=GREEDY)]
+    told, events = threading.Event(), []
+
+    def end(node: Streaming) -> bool:
+        if node.begun != 3:
+            return True
+        early = node.slots.early
+        came = all(slot.user is early and not slot.copying for slot in node.slots.slots)
+        if early is not None and came and not told.is_set():
+            told.set()
+            node.engine.call(lambda: happen(node))
+        return bool(events)
+
+    def happen(node: Streaming) -> None:
+        events.append(node.slots.early)
+        if why == "level":
+            node.verb(0, LEVEL_25)
+        elif why == "resident":
+            node.verb(0, LEVEL_100)
+        elif why == "out":
+            node.verb(0, OUT)
+            node.engine.call(lambda: node.verb(0, LEVEL_25))
+        elif why == "cancelled":
+            node.engine.cancel(0)
+        elif why == "load":
+            node.verb(1, LEVEL_100)
+        if why != "load":
+            node.engine.submit(1, asked[1])
+
+    node = Streaming(closing, end)
+    node.engine.submit(0, asked[0])
+    run(node.engine, lambda: bool(events))
+    if why == "load":
+        s = node.engine.node.state
+        run(node.engine, lambda: s.landed[1] == s.pieces[1])
+        node.engine.submit(1, asked[1])
+    node.finish(asked, closing)
+    lost = node.copies - node.asked_layers
+    assert events[0].closed
+    assert lost == 0 if why == "load" else lost >= 2  # a load comes before them, no more
 
 
 def one_model(closing: list[Fleet], memory: float = 3.0, **node: Any) -> tuple[Engine, Listener]:
@@ -470,7 +638,7 @@ def test_a_clock_that_jumps_back_does_no_harm(
     closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [10**12]
-    monkeypatch.setattr("mmrl.deploy.engine.time.monotonic_ns", lambda: now[0])
+    monkeypatch.setattr("mmrl.deploy.clock.time.monotonic_ns", lambda: now[0])
     clock = RealTime()
     now[0] += 5_000
     assert clock.now_ns() == 5_000

@@ -18,16 +18,8 @@ from torch import nn
 from transformers import GPTNeoXConfig, OPTConfig
 
 from mmrl.deploy.memory import BudgetExceeded, DeviceMemory, HostArena
-from mmrl.deploy.weights import (
-    Abandoned,
-    LinkBoundGate,
-    ModelWeights,
-    StreamSlots,
-    choose_layers,
-    host_buffers,
-    host_bytes,
-    nested_order,
-)
+from mmrl.deploy.streaming import Abandoned, LinkBoundGate, StreamSlots
+from mmrl.deploy.weights import ModelWeights, choose_layers, host_buffers, host_bytes, nested_order
 from tests.deploy.pieces import Fixture, cut, llama, model
 
 CPU = torch.device("cpu")
@@ -504,6 +496,78 @@ def test_layers_that_an_iteration_streams_may_go_under_it(node: Node) -> None:
     weights.copy_piece(piece)
     assert weights.claim_piece(5) is None
     result = node.run(weights, gate, lambda: stream_all(weights, gate))
+    assert torch.equal(result, logits(fixture.reference))
+
+
+# ------------------------------------------------------------------------ ahead of an iteration
+
+
+def half_streamed(node: Node, seed: int = 0) -> Fixture:
+    fixture = Fixture(llama(5), node.memory, node.slots, seed=seed)
+    fixture.weights.set_granted({0, 3})
+    fixture.load()
+    return fixture
+
+
+def test_layers_that_come_early_serve_the_next_iteration(node: Node) -> None:
+    """Three layers each: the slots go on in turn, so the first of the next has the free one."""
+    fixture = half_streamed(node)
+    weights = fixture.weights
+    gate = weights.link_bound([1, 2, 4])
+    for _ in range(3):
+        following = gate.following()
+        assert following is gate.following() is weights.early_gate
+        begun: list[bool] = []
+
+        def copies(gate: LinkBoundGate = gate, begun: list[bool] = begun) -> None:
+            while gate.claimed < 3:
+                assert gate.stream_next()()
+            early = gate.following()
+            for _ in range(2):
+                begun.append(early.stream_next()())
+
+        assert torch.equal(node.run(weights, gate, copies), logits(fixture.reference))
+        assert begun == [True, True]
+        assert [slot.user for slot in node.slots.slots] == [following] * 2
+        gate = weights.link_bound([1, 2, 4])
+        assert gate is following and gate.claimed == 2 and weights.early_gate is None
+    gate.close()
+    assert [slot.user for slot in node.slots.slots] == [None, None]
+
+
+def test_an_early_layer_waits_for_the_one_that_computes(node: Node) -> None:
+    fixture = half_streamed(node)
+    weights = fixture.weights
+    gate = weights.link_bound([1, 2, 4])
+    gate.stream_next()()
+    gate.stream_next()()
+    early = gate.following()
+    assert not early.next_can_come
+    waiting = node.h2d.submit(early.stream_next())
+    assert not _wait(waiting, 0.05)[0]
+    early.close()  # nobody wants it any more
+    assert waiting.result(timeout=60) is False
+    result = node.run(weights, gate, lambda: gate.stream_next()())  # type: ignore[arg-type]
+    assert torch.equal(result, logits(fixture.reference))
+
+
+@pytest.mark.parametrize("other", ["layers", "model"])
+def test_early_layers_that_nobody_wants_free_their_slots(node: Node, other: str) -> None:
+    fixture, second = half_streamed(node), half_streamed(node, seed=1)
+    weights = fixture.weights
+    gate = weights.link_bound([1, 2, 4])
+    early = gate.following()
+    result = node.run(weights, gate, lambda: stream_all(weights, gate))
+    assert torch.equal(result, logits(fixture.reference))
+    assert early.stream_next()() and early.stream_next()()
+    if other == "model":
+        fixture = second
+    else:
+        weights.set_granted({0})
+    wanted = [1, 2, 4] if other == "model" else [1, 2, 3, 4]
+    again = fixture.weights.link_bound(wanted)
+    assert again is not early and early.closed and again.claimed == 0
+    result = node.run(fixture.weights, again, lambda: stream_all(fixture.weights, again))
     assert torch.equal(result, logits(fixture.reference))
 
 

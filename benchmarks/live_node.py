@@ -22,15 +22,12 @@ from typing import Any
 
 import torch
 
-from mmrl.deploy.adapter import DeployAdapter, Verdict
-from mmrl.deploy.checkpoint import Checkpoint
-from mmrl.deploy.config import ServeConfig, build_config
-from mmrl.deploy.fleet import Fleet, open_fleet
 from mmrl.deploy.memory import HostArena, copy_async
-from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
+from mmrl.deploy.protocol import Finish
+from mmrl.deploy.rig import Rig
 from mmrl.deploy.testbed import configuration
 from mmrl.files import write_json
-from mmrl.node.actions import LEVEL_0, LEVEL_50, LEVEL_75, LEVEL_100, OUT, WAIT, encode
+from mmrl.node.actions import LEVEL_0, LEVEL_50, LEVEL_75, LEVEL_100, OUT
 from mmrl.node.state import DECODE_STEP
 
 RESULTS: dict[str, Any] = {}
@@ -38,133 +35,13 @@ SMALL, SEVEN, FOURTEEN = "llama3.2-3b", "qwen2.5-7b", "qwen2.5-14b"
 DEVICE = torch.device("cuda", 0)
 
 
-class Hands(DeployAdapter):
-    """An adapter that decides nothing: the benchmark acts on the node by hand."""
-
-    def poll(self, nodes: Any, table: Any) -> Verdict:
-        """Wait."""
-        return Verdict(WAIT, "policy", 0.0)
-
-
-class Bench:
-    """A fleet whose loop runs in this thread, as far as it is told to."""
-
-    def __init__(self, names: list[str], memory_gb: float, by_hand: bool = True) -> None:
-        config: ServeConfig = build_config(
-            {
-                "models": [{"path": name} for name in names],
-                "node": {"memory": f"{memory_gb}GB", "host_kv": "4GB", "device": "cuda"},
-            },
-            "benchmark",
-        )
-        checkpoints = [
-            Checkpoint.from_config(configuration(name), torch.bfloat16, seed=i)
-            for i, name in enumerate(names)
-        ]
-        torch.cuda.reset_peak_memory_stats()
-        begun = time.perf_counter()
-        self.fleet: Fleet = open_fleet(config, checkpoints=checkpoints)
-        print(f"  {', '.join(names)}: in host memory after {time.perf_counter() - begun:.1f} s")
-        begun = time.perf_counter()
-        self.fleet.warm_up()
-        print(f"  warmed up after {time.perf_counter() - begun:.1f} s", flush=True)
-        self.names, self.engine, self.node = names, self.fleet.engine, self.fleet.engine.node
-        if by_hand:
-            given = self.engine.adapter
-            tables = given.decode_tables, given.prefill_tables
-            self.engine.adapter = Hands(given.champion, given.champion, *tables)
-        self.times: dict[int, list[tuple[float, Tokens]]] = {}
-        self.steps: list[tuple[int, int, int, float, float, float]] = []
-        self.transfers: list[Any] = []
-        self.engine.emit = self._emit
-        self.engine.watch = self._watch
-        self.number = 0
-        self.engine.begin()
-
-    def _emit(self, items: list[tuple[int, Tokens]]) -> None:
-        now = time.perf_counter()
-        for number, tokens in items:
-            if tokens.finish is Finish.ERROR:
-                raise RuntimeError(tokens.error)
-            self.times[number].append((now, tokens))
-
-    def _watch(self, what: str, value: Any) -> None:
-        if what == "h2d":
-            self.transfers.append(value)
-        if what == "iteration":
-            job, done = value
-            self.steps.append(
-                (
-                    job.model,
-                    job.kind,
-                    len(job.sequences),
-                    (done.ended_ns - done.begun_ns) / 1e9,
-                    done.begun_ns / 1e9,
-                    done.ended_ns / 1e9,
-                )
-            )
-
-    def submit(self, name: str, prompt: int, output: int) -> int:
-        """Submit a greedy request; return its number."""
-        self.number += 1
-        self.times[self.number] = []
-        tokens = tuple(10 + (7 * i + self.number) % 200 for i in range(prompt))
-        request = Generate(name, tokens, output, ignore_eos=True, sampling=Sampling(0.0))
-        self.engine.submit(self.number, request)
-        return self.number
-
-    def act(self, name: str, verb: int) -> None:
-        """Have a verb done at the next instant, as a policy would."""
-        m = self.names.index(name)
-        self.engine.call(lambda: self._act(m, verb))
-
-    def _act(self, m: int, verb: int) -> None:
-        self.node.state.acted[:] = 0
-        done = self.node.state.actions.sum()
-        self.node.act(encode(int(self.node.state.full_verbs), m, verb))
-        assert self.node.state.actions.sum() == done + 1, "the action was not legal"
-
-    def until(self, condition: Callable[[], bool], limit_s: float = 120.0) -> float:
-        """Run the loop until something holds; return the seconds it took."""
-        begun = time.perf_counter()
-        while not condition():
-            self.engine.run_instant()
-            if time.perf_counter() - begun > limit_s:
-                raise TimeoutError(f"not within {limit_s} s")
-        return time.perf_counter() - begun
-
-    def level(self, name: str, verb: int) -> float:
-        """Bring a model to a level and wait until its load has ended."""
-        m, s = self.names.index(name), self.node.state
-        self.act(name, verb)
-        count = s.actions.sum()
-        begun = time.perf_counter()
-        self.until(lambda: s.actions.sum() > count)
-        self.until(lambda: s.granted[m] == s.target[m] and s.landed[m] == s.target[m])
-        return time.perf_counter() - begun
-
-    def finished(self, numbers: list[int]) -> bool:
-        """Return whether all of these requests have ended."""
-        return all(self.times[n] and self.times[n][-1][1].finish is not None for n in numbers)
-
-    def clear(self) -> None:
-        """End all requests."""
-        for number in list(self.times):
-            self.engine.call(lambda number=number: self.engine.cancel(number))
-        self.until(lambda: self.engine.open_requests == 0 and self.node.state.in_system == 0)
-        self.steps.clear()
-
-    def gaps(self, number: int, skip: int = 3) -> list[float]:
-        """Return the times between the tokens of a request, s."""
-        times = [at for at, tokens in self.times[number] if tokens.tokens]
-        return [b - a for a, b in itertools.pairwise(times[skip:])]
-
-    def close(self) -> None:
-        """Give everything back."""
-        self.engine.close()
-        self.fleet.close()
-        gc.collect()
-        torch.cuda.empty_cache()
+def rig_of(names: list[str], memory_gb: float, **options: Any) -> Rig:
+    """Open models by name in so much memory, and say how long it took."""
+    rig = Rig.of(names, device="cuda", memory=int(memory_gb * 1e9), **options)
+    print(
+        f"  {', '.join(names)}: opened in {rig.opened_s:.1f} s, warmed up in {rig.warmed_s:.1f} s"
+    )
+    return rig
 
 
 def section(name: str) -> Callable[[Callable[[], dict[str, Any]]], Callable[[], None]]:
@@ -244,20 +121,20 @@ def _() -> dict[str, Any]:
     out: dict[str, Any] = {}
     link = RESULTS["limits"]["link_GBps"] * 1e9
     for name in (SEVEN, FOURTEEN):
-        bench = Bench([name], 60)
-        weights = sum(bench.engine.models[0].weights.piece_bytes)
+        rig = rig_of([name], 60)
+        weights = sum(rig.engine.models[0].weights.piece_bytes)
         times = []
         for _ in range(5):
-            times.append(bench.level(name, LEVEL_100))
-            bench.act(name, OUT)
-            bench.until(lambda s=bench.node.state: s.granted[0] == 0)
+            times.append(rig.level(name, LEVEL_100))
+            rig.act(name, OUT)
+            rig.until(lambda s=rig.node.state: s.granted[0] == 0)
         seconds = statistics.median(times)
         out[f"{name}_s"] = seconds
         out[f"{name}_of_link_rate (>= .95)"] = weights / seconds / link
-        pairs = list(itertools.pairwise(bench.transfers))
+        pairs = list(itertools.pairwise(rig.transfers))
         gaps = [(b.begun_ns - a.ended_ns) / 1e9 for a, b in pairs]
         out[f"{name}: between pieces, s"] = statistics.median(gaps)
-        bench.close()
+        rig.close()
     return out
 
 
@@ -266,22 +143,22 @@ def _() -> dict[str, Any]:
     """A decode step of a 7B with layers streamed, against max(compute, bytes / link)."""
     out: dict[str, Any] = {}
     link = RESULTS["limits"]["link_GBps"] * 1e9
-    bench = Bench([SEVEN], 40)
-    weights, s = bench.engine.models[0].weights, bench.node.state
+    rig = rig_of([SEVEN], 40)
+    weights, s = rig.engine.models[0].weights, rig.node.state
     for batch in (1, 8):
         for label, verb in (("0", LEVEL_0), ("1/2", LEVEL_50), ("3/4", LEVEL_75)):
             if s.target[0] != 1 + (int(s.pieces[0] - 1) * (verb - LEVEL_0) + 3) // 4:
-                bench.level(SEVEN, verb)
-            numbers = [bench.submit(SEVEN, 128, 40) for _ in range(batch)]
-            bench.until(lambda n=numbers: bench.finished(n))
-            gaps = bench.gaps(numbers[-1], 8)
+                rig.level(SEVEN, verb)
+            numbers = [rig.submit(SEVEN, 128, 40) for _ in range(batch)]
+            rig.until(lambda n=numbers: rig.finished(n))
+            gaps = rig.gaps(numbers[-1], 8)
             step = statistics.median(gaps)
             missing = int(s.pieces[0] - s.target[0])
             bound = missing * weights.piece_bytes[1] / link
             out[f"batch {batch}, {label} resident: step_s"] = step
             limit = "1.05" if verb == LEVEL_0 else "1.10"
             out[f"batch {batch}, {label} resident: of the bound (<= {limit})"] = step / bound
-    bench.close()
+    rig.close()
     stock = stock_offload()
     for batch in (1, 8):
         out[f"batch {batch}: stock accelerate hooks, step_s"] = stock[batch]
@@ -324,19 +201,19 @@ def stock_offload() -> dict[int, float]:
 def _() -> dict[str, Any]:
     """First token of a cold 7B, prompt of 128 tokens: it computes while it loads."""
     link = RESULTS["limits"]["link_GBps"] * 1e9
-    bench = Bench([SEVEN], 40)
-    weights = sum(bench.engine.models[0].weights.piece_bytes)
+    rig = rig_of([SEVEN], 40)
+    weights = sum(rig.engine.models[0].weights.piece_bytes)
     times = []
     for _ in range(5):
-        number = bench.submit(SEVEN, 128, 2)
-        begun = time.perf_counter()
-        bench.act(SEVEN, LEVEL_100)
-        bench.until(lambda n=number: bool(bench.times[n]))
-        times.append(bench.times[number][0][0] - begun)
-        bench.clear()
-        bench.act(SEVEN, OUT)
-        bench.until(lambda: bench.node.state.granted[0] == 0)
-    bench.close()
+        number = rig.submit(SEVEN, 128, 2)
+        begun = time.monotonic()
+        rig.act(SEVEN, LEVEL_100)
+        rig.until(lambda n=number: bool(rig.times[n]))
+        times.append(rig.times[number][0][0] - begun)
+        rig.clear()
+        rig.act(SEVEN, OUT)
+        rig.until(lambda: rig.node.state.granted[0] == 0)
+    rig.close()
     first = statistics.median(times[1:])
     return {"first_token_s": first, "of bytes / link rate (<= 1.05)": first / (weights / link)}
 
@@ -344,35 +221,35 @@ def _() -> dict[str, Any]:
 @section("beside")
 def _() -> dict[str, Any]:
     """Decode of a resident 3B alone, beside a streaming 7B, and beside a loading 7B."""
-    bench = Bench([SMALL, SEVEN], 60)
-    bench.level(SMALL, LEVEL_100)
+    rig = rig_of([SMALL, SEVEN], 60)
+    rig.level(SMALL, LEVEL_100)
     out: dict[str, Any] = {}
 
     def steps(during: Callable[[], bool]) -> float:
-        bench.steps.clear()
-        bench.until(during)
+        rig.steps.clear()
+        rig.until(during)
         return statistics.median(
-            took for m, kind, batch, took, _, _ in bench.steps if m == 0 and kind == DECODE_STEP
+            took for m, kind, batch, took, _, _ in rig.steps if m == 0 and kind == DECODE_STEP
         )
 
     for _ in range(8):
-        bench.submit(SMALL, 256, 4000)
-    bench.until(lambda: bench.node.state.decoding[0] == 8)
-    alone = steps(lambda: len(bench.steps) >= 200)
-    bench.level(SEVEN, LEVEL_0)
-    other = [bench.submit(SEVEN, 128, 30) for _ in range(8)]
-    streaming = steps(lambda: bench.finished(other))
-    out["7B's step while it streams, s"] = statistics.median(bench.gaps(other[-1], 8))
+        rig.submit(SMALL, 256, 4000)
+    rig.until(lambda: rig.node.state.decoding[0] == 8)
+    alone = steps(lambda: len(rig.steps) >= 200)
+    rig.level(SEVEN, LEVEL_0)
+    other = [rig.submit(SEVEN, 128, 30) for _ in range(8)]
+    streaming = steps(lambda: rig.finished(other))
+    out["7B's step while it streams, s"] = statistics.median(rig.gaps(other[-1], 8))
     load: list[float] = []
     for _ in range(3):
-        bench.act(SEVEN, OUT)
-        bench.until(lambda: bench.node.state.granted[1] == 0)
-        bench.steps.clear()
-        bench.level(SEVEN, LEVEL_100)
-        load += [took for m, kind, _, took, _, _ in bench.steps if m == 0 and kind == DECODE_STEP]
+        rig.act(SEVEN, OUT)
+        rig.until(lambda: rig.node.state.granted[1] == 0)
+        rig.steps.clear()
+        rig.level(SEVEN, LEVEL_100)
+        load += [took for m, kind, _, took, _, _ in rig.steps if m == 0 and kind == DECODE_STEP]
     loading = statistics.median(load)
-    bench.clear()
-    bench.close()
+    rig.clear()
+    rig.close()
     return {
         "alone_s": alone,
         "beside a stream": streaming / alone,
@@ -386,31 +263,31 @@ def _() -> dict[str, Any]:
 def _() -> dict[str, Any]:
     """Decode of a resident 7B: against eager `generate`, the memory's floor, and the peer."""
     out: dict[str, Any] = {}
-    bench = Bench([SEVEN], 60)
-    bench.level(SEVEN, LEVEL_100)
+    rig = rig_of([SEVEN], 60)
+    rig.level(SEVEN, LEVEL_100)
     memory = RESULTS["limits"]["memory_GBps"] * 1e9
-    read = sum(bench.engine.models[0].weights.piece_bytes) - 152064 * 3584 * 2  # but the embeddings
+    read = sum(rig.engine.models[0].weights.piece_bytes) - 152064 * 3584 * 2  # but the embeddings
     overhead = 0.0
     for batch in (1, 8, 32, 64):
-        numbers = [bench.submit(SEVEN, 256, 64) for _ in range(batch)]
+        numbers = [rig.submit(SEVEN, 256, 64) for _ in range(batch)]
         begun = time.perf_counter()
-        bench.until(lambda n=numbers: bench.finished(n))
+        rig.until(lambda n=numbers: rig.finished(n))
         took = time.perf_counter() - begun
         # Prefills and steps alternate: a batch is whole only when the last prompt is in.
-        numbers = [bench.submit(SEVEN, 256, 64 + 2 * batch) for _ in range(batch)]
-        bench.until(lambda n=numbers: bench.finished(n))
-        steps = [step for step in bench.steps if step[1] == DECODE_STEP and step[2] == batch]
+        numbers = [rig.submit(SEVEN, 256, 64 + 2 * batch) for _ in range(batch)]
+        rig.until(lambda n=numbers: rig.finished(n))
+        steps = [step for step in rig.steps if step[1] == DECODE_STEP and step[2] == batch]
         step = statistics.median(step[3] for step in steps)
         gaps = [b[4] - a[5] for a, b in itertools.pairwise(steps)]
         overhead = statistics.median(gaps) / step
-        kv = batch * (288 + batch) * bench.engine.models[0].pool.block_bytes / 16
+        kv = batch * (288 + batch) * rig.engine.models[0].pool.block_bytes / 16
         out[f"batch {batch}: step_s"] = step
         out[f"batch {batch}: of the memory's floor"] = step / ((read + kv) / memory)
         out[f"batch {batch}: between steps (<= .02)"] = overhead
         out[f"batch {batch}: tokens/s end to end"] = batch * 64 / took
-        bench.clear()
+        rig.clear()
     out["batch 64, of the floor"] = "<= 2.5"
-    bench.close()
+    rig.close()
     out |= peers(out)
     return out
 
@@ -452,32 +329,32 @@ def peers(ours: dict[str, Any]) -> dict[str, Any]:
 def _() -> dict[str, Any]:
     """KV of a 4k-token sequence to the host and back; out and return of a running 7B."""
     link = RESULTS["limits"]["link_GBps"] * 1e9
-    bench = Bench([SEVEN], 60)
-    bench.level(SEVEN, LEVEL_100)
-    s, live = bench.node.state, bench.engine.models[0]
-    number = bench.submit(SEVEN, 4096, 2000)
-    bench.until(lambda: len(bench.times[number]) > 4)
+    rig = rig_of([SEVEN], 60)
+    rig.level(SEVEN, LEVEL_100)
+    s, live = rig.node.state, rig.engine.models[0]
+    number = rig.submit(SEVEN, 4096, 2000)
+    rig.until(lambda: len(rig.times[number]) > 4)
     saves, restores, returns = [], [], []
     for _ in range(5):
         before = int(s.kv_save_bytes[0]), int(s.kv_restore_bytes[0])
         busy = int(s.d2h_busy_ns)
-        bench.act(SEVEN, OUT)
-        bench.until(lambda: s.granted[0] == 0 and s.saved[0] == 1)
+        rig.act(SEVEN, OUT)
+        rig.until(lambda: s.granted[0] == 0 and s.saved[0] == 1)
         saved = int(s.kv_save_bytes[0]) - before[0]
         saves.append(saved / ((int(s.d2h_busy_ns) - busy) / 1e9) / link)
-        bench.act(SEVEN, LEVEL_100)
+        rig.act(SEVEN, LEVEL_100)
         begun = time.perf_counter()
         h2d = int(s.h2d_busy_ns)
-        bench.until(lambda: s.decoding[0] == 1)
+        rig.until(lambda: s.decoding[0] == 1)
         restored = int(s.kv_restore_bytes[0]) - before[1]
         weights = sum(live.weights.piece_bytes)
-        bench.until(lambda: s.landed[0] == s.pieces[0])
+        rig.until(lambda: s.landed[0] == s.pieces[0])
         returns.append((time.perf_counter() - begun) / ((weights + restored) / link))
         restores.append((int(s.h2d_busy_ns) - h2d) / 1e9 - weights / link)
-        count = len(bench.times[number])
-        bench.until(lambda c=count: len(bench.times[number]) > c + 2)
-    pool, host = live.pool, bench.engine.host_kv
-    bench.clear()
+        count = len(rig.times[number])
+        rig.until(lambda c=count: len(rig.times[number]) > c + 2)
+    pool, host = live.pool, rig.engine.host_kv
+    rig.clear()
     direct: list[tuple[float, float]] = []
     pool.resize(10**9, 256)
     for _ in range(5):
@@ -489,7 +366,7 @@ def _() -> dict[str, Any]:
         host.free(10**9)
     nbytes = 256 * pool.block_bytes
     pool.free(10**9)
-    bench.close()
+    rig.close()
     return {
         "save, of the link rate, in the node (>= .8)": statistics.median(saves),
         "save, of the link rate, alone (>= .8)": nbytes
@@ -510,11 +387,11 @@ def _() -> dict[str, Any]:
     import psutil
 
     draw = random.Random(0)
-    bench = Bench([SMALL], 40)
-    bench.level(SMALL, LEVEL_100)
-    bench.submit(SMALL, 64, 4000)
-    bench.until(lambda: bool(bench.times[1]))
-    s = bench.node.state
+    rig = rig_of([SMALL], 40)
+    rig.level(SMALL, LEVEL_100)
+    rig.submit(SMALL, 64, 4000)
+    rig.until(lambda: bool(rig.times[1]))
+    s = rig.node.state
     marks = []
     begun = time.perf_counter()
     for i in range(1000):
@@ -522,30 +399,30 @@ def _() -> dict[str, Any]:
         wanted = 0 if verb == OUT else 1 + (int(s.pieces[0] - 1) * (verb - LEVEL_0) + 3) // 4
         if wanted != s.target[0]:
             count = s.actions.sum()
-            bench.act(SMALL, verb)
-            bench.until(lambda c=count: s.actions.sum() > c)
+            rig.act(SMALL, verb)
+            rig.until(lambda c=count: s.actions.sum() > c)
         if i % 20 == 0:  # or every iteration that waits for its bytes would be abandoned
-            count = len(bench.times[1])
+            count = len(rig.times[1])
             if s.target[0] == 0:
-                bench.level(SMALL, draw.randrange(LEVEL_0, LEVEL_100 + 1))
-            bench.until(lambda c=count: len(bench.times[1]) > c + 2)
+                rig.level(SMALL, draw.randrange(LEVEL_0, LEVEL_100 + 1))
+            rig.until(lambda c=count: len(rig.times[1]) > c + 2)
         for _ in range(draw.randrange(4)):
-            bench.engine.run_instant()
+            rig.engine.run_instant()
         if i % 100 == 99:
-            bench.until(lambda: bench.node.state.granted[0] == bench.node.state.target[0])
+            rig.until(lambda: rig.node.state.granted[0] == rig.node.state.target[0])
             marks.append(
                 (
                     torch.cuda.memory_reserved(),
                     psutil.Process().memory_info().rss,
-                    bench.fleet.memory.committed_bytes,
+                    rig.fleet.memory.committed_bytes,
                 )
             )
         if time.perf_counter() - begun > 120:
             break
-    peak = bench.fleet.memory.peak_bytes + torch.cuda.max_memory_reserved()
-    tokens = len(bench.times[1])
-    bench.clear()
-    bench.close()
+    peak = rig.fleet.memory.peak_bytes + torch.cuda.max_memory_reserved()
+    tokens = len(rig.times[1])
+    rig.clear()
+    rig.close()
     return {
         "re-splits": i + 1,
         "tokens meanwhile": tokens,
@@ -558,12 +435,12 @@ def _() -> dict[str, Any]:
 @section("decisions")
 def _() -> dict[str, Any]:
     """Latency of decisions of the champion under load, and time between iterations."""
-    bench = Bench([SMALL, SEVEN], 16, by_hand=False)
-    numbers = [bench.submit((SMALL, SEVEN)[i % 2], 200, 60) for i in range(40)]
-    bench.until(lambda: bench.finished(numbers), 200)
-    latencies = sorted(bench.engine.decision_latencies_s)
-    failed = sum(bench.times[n][-1][1].finish is not Finish.LENGTH for n in numbers)
-    bench.close()
+    rig = rig_of([SMALL, SEVEN], 16, by_hand=False)
+    numbers = [rig.submit((SMALL, SEVEN)[i % 2], 200, 60) for i in range(40)]
+    rig.until(lambda: rig.finished(numbers), 200)
+    latencies = sorted(rig.engine.decision_latencies_s)
+    failed = sum(rig.times[n][-1][1].finish is not Finish.LENGTH for n in numbers)
+    rig.close()
     return {
         "decisions": len(latencies),
         "p50_s": latencies[len(latencies) // 2],

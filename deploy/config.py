@@ -30,7 +30,7 @@ class ModelConfig(_Strict):
         dtype: Of weights and KV cache; the checkpoint's unless given.
         targets: Latency targets; the node's unless given.
         batch: Batch work: a TTFT target of its own and no TPOT target.
-        profile: Measured costs (a profile file); derived from the model's shape unless given.
+        profile: Measured costs (a profile file); looked for in ``node.profiles`` unless given.
         max_context: Most tokens of prompt and output together; the model's unless given.
         pin: Keep it on the device once it is there.
         preload: Load it at start.
@@ -70,6 +70,9 @@ class NodeConfig(_Strict):
         dispatch: Who gets the device next: ``rr``, ``edf`` or ``las``; a policy that was made with
             one brings its own.
         decision_deadline: Seconds after which the champion decides in place of the policy.
+        profiles: Folder of measured profiles, as ``mmrl profile run`` writes them; the user's own
+            unless given. Models without one have costs that are derived from their shapes.
+        measure: Measure models without a profile before serving, into that folder.
     """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
@@ -80,6 +83,8 @@ class NodeConfig(_Strict):
     targets: Targets = Targets.model_validate("chat")
     dispatch: Literal["rr", "edf", "las"] = "rr"
     decision_deadline: Annotated[float, Field(gt=0)] = 0.05
+    profiles: Path | None = None
+    measure: bool = False
 
 
 class ServerConfig(_Strict):
@@ -135,6 +140,7 @@ def read_config(path: Path) -> ServeConfig:
         for field in ("path", "profile"):
             _place(model, field, path.parent)
     _place(data.get("node"), "policy", path.parent)
+    _place(data.get("node"), "profiles", path.parent, made_later=True)
     _place(data.get("server"), "api_keys", path.parent)
     return build_config(data, str(path))
 
@@ -170,9 +176,9 @@ def _fields(place: Sequence[int | str]) -> list[str]:
     return list(schema.model_fields)
 
 
-def _place(table: Any, field: str, folder: Path) -> None:
-    """Make a relative path that exists below the config's folder absolute."""
+def _place(table: Any, field: str, folder: Path, made_later: bool = False) -> None:
+    """Make a relative path that exists below the config's folder, or will, absolute."""
     if isinstance(table, dict) and isinstance(table.get(field), str):
         candidate = folder / table[field]
-        if candidate.exists():
+        if made_later or candidate.exists():
             table[field] = str(candidate)

@@ -5,7 +5,7 @@ before the first gigabyte is read.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import torch
 from mmrl.agents.export import ExportedPolicy, load_policy
 from mmrl.deploy.adapter import DeployAdapter
 from mmrl.deploy.checkpoint import Checkpoint
+from mmrl.deploy.clock import Clock
 from mmrl.deploy.config import ModelConfig, ServeConfig
-from mmrl.deploy.engine import Clock, Engine, ServedModel
-from mmrl.deploy.hardware import device_name, find_device, platform_here, usable_bytes
+from mmrl.deploy.engine import Engine
+from mmrl.deploy.hardware import device_name, find_device, usable_bytes
+from mmrl.deploy.known import find_profiles, model_dtype, notes_on
 from mmrl.deploy.kv import HostKV, KVPool
 from mmrl.deploy.memory import (
     BudgetExceeded,
@@ -29,14 +31,16 @@ from mmrl.deploy.node import LiveNode, ModelCosts, NodeNumbers
 from mmrl.deploy.protocol import ModelInfo, ModelState, NodeState
 from mmrl.deploy.runner import GraphPool, ModelRunner
 from mmrl.deploy.sampling import Choice
-from mmrl.deploy.weights import ModelWeights, StreamSlots, host_buffers, host_bytes
+from mmrl.deploy.served import ServedModel
+from mmrl.deploy.streaming import StreamSlots
+from mmrl.deploy.weights import ModelWeights, host_buffers, host_bytes
 from mmrl.errors import InputError
 from mmrl.node.actions import verb_names
 from mmrl.node.memory import free_bytes, weight_bytes
 from mmrl.node.state import BLOCK_TOKENS, PREFILL, SAVING
-from mmrl.profiles.derive import derive_profile
-from mmrl.profiles.schema import Platform, Profile, load_profile
+from mmrl.profiles.schema import Profile
 from mmrl.rules import Rule, get_rule, rule_names
+from mmrl.scenarios.targets import TargetNumbers
 
 LEAST_TOKENS = 1024  # of KV that the largest model must have room for
 
@@ -60,7 +64,7 @@ class Fleet:
     started_s: float
     memory: DeviceMemory
     _slots: StreamSlots
-    _arenas: tuple[HostArena, ...]
+    arenas: tuple[HostArena, ...]
 
     def close(self) -> None:
         """Give device and host memory back; the engine must be closed before."""
@@ -70,15 +74,20 @@ class Fleet:
         self._slots.close()
         self.memory.close()
         self.engine.host_kv.close()
-        for arena in self._arenas:
+        for arena in self.arenas:
             arena.close()
 
-    def warm_up(self) -> None:
+    def warm_up(self, names: Collection[str] | None = None) -> None:
         """Run each model once before anybody waits: kernels are compiled and graphs captured.
 
         Models that do not fit wholly are left out; they never use a graph.
+
+        Args:
+            names: Only these.
         """
         for model in self.engine.models:
+            if names is not None and model.name not in names:
+                continue
             weights, pool = model.weights, model.pool
             key = -1
             try:
@@ -177,29 +186,78 @@ def open_fleet(
         config: What to serve.
         progress: Told (model, bytes read, bytes in all) while weights are read.
         clock: Time of the engine; real unless given.
-        checkpoints: The models' checkpoints, where they are not read from their paths.
+        checkpoints: The models' checkpoints, where they are not read from their paths. Models
+            with the same object share one copy of the weights on the host.
 
     Raises:
         InputError: Something in the configuration cannot be served; the remedy says why.
     """
     device = find_device(config.node.device)
-    opened = checkpoints or [Checkpoint.open(model.path, model.dtype) for model in config.models]
+    opened = checkpoints or [Checkpoint.open(m.path, model_dtype(m)) for m in config.models]
     _check_host_memory(config, opened)
-    here = platform_here(device)
-    profiles = [
-        _profile(model, checkpoint, here)
-        for model, checkpoint in zip(config.models, opened, strict=True)
-    ]
+    found = find_profiles(config, opened, device, real_time=clock is None or clock.real)
     policy = _policy(config.node.policy)
     full_verbs = _full_verbs(config, policy)
-    budget = int(config.node.memory or usable_bytes(device))
-    if budget > usable_bytes(device):
+    place = _take_memory(config, opened, [one.profile for one in found], device, full_verbs)
+    served, arenas = _read_models(config.models, opened, place, progress)
+    costs = [
+        _costs(model, (model.targets or config.node.targets).numbers, one.profile, live)
+        for model, one, live in zip(config.models, found, served, strict=True)
+    ]
+    numbers = NodeNumbers(
+        budget_bytes=place.budget_bytes,
+        reserve_bytes=place.reserve_bytes,
+        host_kv_limit_bytes=int(config.node.host_kv),
+        full_verbs=full_verbs,
+        dispatch=config.node.dispatch,
+    )
+    node, adapter = _decided(costs, numbers, policy, config.node.decision_deadline)
+    host_kv = HostKV(int(config.node.host_kv), page_locked=device.type == "cuda")
+    engine = Engine(served, node, adapter, host_kv, device, clock)
+    _prepare(engine, config.models)
+    infos = tuple(map(_info, config.models, opened, [one.profile for one in found], costs))
+    here = (
+        f"{device_name(device)}, {size_text(place.budget_bytes)} for "
+        f"{size_text(sum(info.weight_bytes for info in infos))} of weights; "
+        f"policy {adapter.name} ({', '.join(verb_names(full_verbs))})"
+    )
+    notes = (*notes_on(found), here)
+    return Fleet(
+        engine, infos, notes, device, time.time(), place.memory, place.slots, tuple(arenas)
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a fleet lives on the device: its budget, and what is set apart of it."""
+
+    budget_bytes: int
+    reserve_bytes: int
+    memory: DeviceMemory
+    slots: StreamSlots
+    pools: list[KVPool]
+
+
+def _take_memory(
+    config: ServeConfig,
+    opened: list[Checkpoint],
+    profiles: list[Profile],
+    device: torch.device,
+    full_verbs: bool,
+) -> _Place:
+    """Check the budget and make the streaming slots and the KV pools in it.
+
+    Raises:
+        InputError: The device has less, or a model can never run.
+    """
+    usable = usable_bytes(device)
+    budget = int(config.node.memory or usable)
+    if budget > usable:
         raise InputError(
-            f"node.memory: {size_text(budget)}, but {size_text(usable_bytes(device))} are "
+            f"node.memory: {size_text(budget)}, but {size_text(usable)} are "
             f"usable on {device_name(device)}",
             "lower it",
         )
-
     workspace = max(profile.workspace_bytes for profile in profiles)
     slot_bytes = max(checkpoint.layer_bytes for checkpoint in opened) if full_verbs else 0
     _check_budget(config, opened, budget, workspace + 2 * slot_bytes, full_verbs)
@@ -207,88 +265,44 @@ def open_fleet(
     slots = StreamSlots(memory, slot_bytes)
     pools = [KVPool(memory, c.layers, c.kv_heads, c.head_dim, c.dtype) for c in opened]
     reserve = workspace + slots.device_bytes + sum(pool.slack_bytes for pool in pools)
-    served, costs, arenas, graphs = [], [], [], GraphPool()
-    for m, (model, checkpoint, profile) in enumerate(
-        zip(config.models, opened, profiles, strict=True)
-    ):
-        pool = pools[m]
-        arena = HostArena(host_bytes(checkpoint.pieces), page_locked=device.type == "cuda")
-        arenas.append(arena)
-        weights = _read(model.name, checkpoint, arena, memory, slots, progress)
+    return _Place(budget, reserve, memory, slots, pools)
+
+
+def _read_models(
+    models: Sequence[ModelConfig],
+    opened: list[Checkpoint],
+    place: _Place,
+    progress: Progress | None,
+) -> tuple[list[ServedModel], list[HostArena]]:
+    """Read the weights, one copy of each checkpoint, and make what runs the models."""
+    page_locked = place.memory.device.type == "cuda"
+    graphs = GraphPool()
+    arenas: dict[int, HostArena] = {}  # by identity of the checkpoint
+    buffers: dict[int, list[torch.Tensor]] = {}
+    served = []
+    for model, checkpoint, pool in zip(models, opened, place.pools, strict=True):
+        if id(checkpoint) not in arenas:
+            arena = HostArena(host_bytes(checkpoint.pieces), page_locked)
+            arenas[id(checkpoint)] = arena
+            buffers[id(checkpoint)] = _read(model.name, checkpoint, arena, progress)
+        weights = ModelWeights(
+            checkpoint.build(),
+            checkpoint.pieces,
+            checkpoint.layers_path,
+            buffers[id(checkpoint)],
+            place.memory,
+            place.slots,
+        )
         context = min(checkpoint.max_context, model.max_context or checkpoint.max_context)
         runner = ModelRunner(weights.module, pool, context, checkpoint.eos, graphs)
-        eos = frozenset(checkpoint.eos)
-        served.append(ServedModel(model.name, weights, pool, runner, eos))
-        costs.append(
-            ModelCosts(
-                profile,
-                checkpoint.layers,
-                weights.piece_bytes[0],
-                max(weights.piece_bytes[1:]),
-                pool.block_bytes,
-                (model.targets or config.node.targets).numbers,
-                model.batch,
-            )
-        )
-    numbers = NodeNumbers(
-        budget_bytes=budget,
-        reserve_bytes=reserve,
-        host_kv_limit_bytes=int(config.node.host_kv),
-        full_verbs=full_verbs,
-        dispatch=config.node.dispatch,
-    )
-
-    def decider(node: LiveNode) -> DeployAdapter:
-        tables, deadline_s = (
-            (node.decode_tables, node.prefill_tables),
-            config.node.decision_deadline,
-        )
-        return DeployAdapter(policy, get_rule("slack"), *tables, deadline_s=deadline_s)
-
-    _compile(LiveNode.of(costs, numbers), decider)
-    node = LiveNode.of(costs, numbers)
-    adapter = decider(node)
-    host_kv = HostKV(int(config.node.host_kv), page_locked=device.type == "cuda")
-    engine = Engine(served, node, adapter, host_kv, device, clock)
-    for m, model in enumerate(config.models):
-        if model.pin:
-            engine.set_pinned(m, True)
-        if model.preload and not engine.preload(m):
-            raise InputError(
-                f"models.{m}.preload: {model.name} does not fit beside those before it",
-                "raise node.memory or preload fewer models",
-            )
-    infos = tuple(
-        _info(model, checkpoint, profile, costs[m])
-        for m, (model, checkpoint, profile) in enumerate(
-            zip(config.models, opened, profiles, strict=True)
-        )
-    )
-    derived = [info.name for info in infos if info.profile == "derived"]
-    notes = []
-    if derived:
-        notes.append(
-            f"costs of {', '.join(derived)} are derived from their shapes, not measured: "
-            "decisions may be worse than they could be"
-        )
-    verbs = ", ".join(verb_names(full_verbs))
-    notes.append(
-        f"{device_name(device)}, {size_text(budget)} for "
-        f"{size_text(sum(info.weight_bytes for info in infos))} of weights; "
-        f"policy {adapter.name} ({verbs})"
-    )
-    return Fleet(engine, infos, tuple(notes), device, time.time(), memory, slots, tuple(arenas))
+        served.append(ServedModel(model.name, weights, pool, runner, frozenset(checkpoint.eos)))
+    return served, list(arenas.values())
 
 
 def _read(
-    name: str,
-    checkpoint: Checkpoint,
-    arena: HostArena,
-    memory: DeviceMemory,
-    slots: StreamSlots,
-    progress: Progress | None,
-) -> ModelWeights:
-    """Read a model's weights into its arena of host memory and put its module over them."""
+    name: str, checkpoint: Checkpoint, arena: HostArena, progress: Progress | None
+) -> list[torch.Tensor]:
+    """Read a model's weights into its arena of host memory; return its pieces there."""
     buffers = host_buffers(arena, checkpoint.pieces)
     done = 0
 
@@ -296,11 +310,59 @@ def _read(
         nonlocal done
         done += nbytes
         if progress is not None:
-            progress(name, done, checkpoint.weight_bytes)
+            progress(name, done, checkpoint.tensor_bytes)
 
     checkpoint.read_into(buffers, count)
-    module = checkpoint.build()
-    return ModelWeights(module, checkpoint.pieces, checkpoint.layers_path, buffers, memory, slots)
+    return buffers
+
+
+def _costs(
+    model: ModelConfig, targets: TargetNumbers, profile: Profile, live: ServedModel
+) -> ModelCosts:
+    """Return what the state knows of a model."""
+    weights = live.weights
+    return ModelCosts(
+        profile,
+        weights.layers,
+        weights.piece_bytes[0],
+        max(weights.piece_bytes[1:]),
+        live.pool.block_bytes,
+        targets,
+        model.batch,
+    )
+
+
+def _decided(
+    costs: list[ModelCosts],
+    numbers: NodeNumbers,
+    policy: ExportedPolicy | Rule,
+    deadline_s: float,
+) -> tuple[LiveNode, DeployAdapter]:
+    """Make the node and who decides on it, with everything compiled that needs it."""
+
+    def decider(node: LiveNode) -> DeployAdapter:
+        tables = node.decode_tables, node.prefill_tables
+        return DeployAdapter(policy, get_rule("slack"), *tables, deadline_s=deadline_s)
+
+    _compile(LiveNode.of(costs, numbers), decider)
+    node = LiveNode.of(costs, numbers)
+    return node, decider(node)
+
+
+def _prepare(engine: Engine, models: Sequence[ModelConfig]) -> None:
+    """Pin and load the models that are to be so from the start.
+
+    Raises:
+        InputError: One does not fit beside those before it.
+    """
+    for m, model in enumerate(models):
+        if model.pin:
+            engine.set_pinned(m, True)
+        if model.preload and not engine.preload(m):
+            raise InputError(
+                f"models.{m}.preload: {model.name} does not fit beside those before it",
+                "raise node.memory or preload fewer models",
+            )
 
 
 def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> None:
@@ -321,12 +383,6 @@ def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> No
     node.preload(0)
     node.cancel(0)
     adapter.close()
-
-
-def _profile(model: ModelConfig, checkpoint: Checkpoint, here: Platform) -> Profile:
-    if model.profile is not None:
-        return load_profile(model.profile)
-    return derive_profile(model.name, checkpoint.architecture(), here)
 
 
 def _policy(name: str) -> ExportedPolicy | Rule:
@@ -355,7 +411,8 @@ def _check_host_memory(config: ServeConfig, opened: list[Checkpoint]) -> None:
     """
     needed = {
         model.name: host_bytes(checkpoint.pieces)
-        for model, checkpoint in zip(config.models, opened, strict=True)
+        for m, (model, checkpoint) in enumerate(zip(config.models, opened, strict=True))
+        if not any(checkpoint is other for other in opened[:m])  # they share one copy
     }
     available = host_available_bytes()
     total = sum(needed.values()) + int(config.node.host_kv)

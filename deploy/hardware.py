@@ -1,19 +1,24 @@
-"""What this machine can do, found in a second: a `Platform` to derive costs from.
+"""What this machine is and can do: its device, driver and link, and a rough platform.
 
-A machine whose GPU mmrl ships measurements of is that platform. Any other is measured roughly
-(memory and link bandwidth, rate of a matrix product) and called derived.
+`rough_platform` is what costs are derived from where nobody has measured this kind of GPU: memory
+and link bandwidth and the rate of a matrix product, found in a second and called derived.
 """
 
+import contextlib
 import functools
 import platform as host
+import re
+import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
+import mmrl
 from mmrl.deploy.memory import HostArena, copy_async, host_available_bytes, wait_for_stream
 from mmrl.errors import InputError
-from mmrl.profiles.registry import get_platform, platforms
 from mmrl.profiles.schema import Limits, Platform, Provenance, Transfer
 
 USABLE = 0.94  # of a GPU's free memory; the rest is for the driver and fragments
@@ -22,9 +27,26 @@ PROBE_BYTES = 256 << 20
 PROBE_SIDE = 2048
 FIXED_S = 1e-4  # of a transfer, where nothing was measured
 
+# TB/s of memory and dense bf16 TFLOP/s, from data sheets (half of what holds "with sparsity").
+DATA_SHEETS = {
+    "NVIDIA H200": (4.8, 989.0),
+    "NVIDIA H100 80GB HBM3": (3.35, 989.0),
+    "NVIDIA H100 PCIe": (2.0, 756.0),
+    "NVIDIA A100-SXM4-80GB": (2.039, 312.0),
+    "NVIDIA A100-SXM4-40GB": (1.555, 312.0),
+    "NVIDIA L40S": (0.864, 362.0),
+    "NVIDIA L4": (0.3, 121.0),
+    "NVIDIA RTX A6000": (0.768, 155.0),
+    "NVIDIA GeForce RTX 4090": (1.008, 165.0),
+}
 
-def find_device(name: str) -> torch.device:
+
+def find_device(name: str, field: str = "node.device") -> torch.device:
     """Return the device that a configuration names.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        field: Where the name stands, for errors.
 
     Raises:
         InputError: It does not exist.
@@ -35,13 +57,13 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(
-                f"node.device: '{name}', but torch {torch.__version__} sees no GPU",
-                'install the GPU driver and a CUDA build of torch, or set device = "cpu"',
+                f"{field}: '{name}', but torch {torch.__version__} sees no GPU",
+                "install the GPU driver and a CUDA build of torch, or choose the device cpu",
             )
         device = torch.device("cuda", device.index or 0)
         if device.index >= torch.cuda.device_count():
             raise InputError(
-                f"node.device: '{name}', but there are {torch.cuda.device_count()} GPUs",
+                f"{field}: '{name}', but there are {torch.cuda.device_count()} GPUs",
                 "the first is cuda:0",
             )
     return device
@@ -55,24 +77,70 @@ def usable_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the device is called."""
+    """Return what the device is called: the GPU, or the processor where there is none."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return host.processor() or host.machine()
 
 
+def library_versions() -> dict[str, str]:
+    """Return the versions of what costs depend on."""
+    versions = {"mmrl": mmrl.__version__, "torch": torch.__version__}
+    for name in ("transformers", "accelerate", "triton"):
+        with contextlib.suppress(PackageNotFoundError):  # triton is there only with a GPU
+            versions[name] = version(name)
+    return versions
+
+
+def driver_and_link(device: torch.device) -> tuple[str | None, str]:
+    """Return the version of the GPU's driver and what links it to the host, as far as known."""
+    if device.type != "cuda":
+        return None, "host memory"
+    fields = "driver_version,pcie.link.gen.max,pcie.link.width.max"
+    lines = _smi(f"--query-gpu={fields}", f"--id={device.index or 0}")
+    if lines and len(words := [word.strip() for word in lines[0].split(",")]) == 3:
+        return words[0], f"PCIe {words[1]} x{words[2]}, page-locked host memory"
+    try:
+        first = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None, "PCIe, page-locked host memory"
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", first)
+    return found and found[0], "PCIe, page-locked host memory"
+
+
+def gpu_users(device: torch.device) -> list[str]:
+    """Return what else computes on a GPU, a line each; to be called before this process does."""
+    if device.type != "cuda":
+        return []
+    fields = "pid,process_name,used_memory"
+    return _smi(f"--query-compute-apps={fields}", f"--id={device.index or 0}")
+
+
+def data_sheet(device: torch.device) -> Limits | None:
+    """Return what the data sheet of a GPU says it cannot exceed, or None for an unknown one."""
+    if device.type != "cuda" or (known := DATA_SHEETS.get(device_name(device))) is None:
+        return None
+    return Limits(memory_bytes_per_s=known[0] * 1e12, compute_flop_per_s=known[1] * 1e12)
+
+
+def _smi(*arguments: str) -> list[str]:
+    """Return the lines that nvidia-smi answers; none where it is not there."""
+    command = ["nvidia-smi", *arguments, "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
 @functools.cache
-def platform_here(device: torch.device) -> Platform:
-    """Return the platform that costs are derived from: a shipped one, or a rough measurement."""
+def rough_platform(device: torch.device) -> Platform:
+    """Measure this machine roughly, in a second: memory, link, and the rate of a product."""
     name = device_name(device)
-    for shipped in platforms():
-        record = get_platform(shipped)
-        if record.kind == "measured" and record.provenance.gpu == name:
-            return record
-    return _measure(device, name)
-
-
-def _measure(device: torch.device, name: str) -> Platform:
     memory = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device).fill_(1)
     copy = torch.empty_like(memory)
     copy_s = _fastest(lambda: copy.copy_(memory), device)

@@ -8,12 +8,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mmrl.cli.profile_run import run
 from mmrl.errors import InputError
 
 if TYPE_CHECKING:
     from mmrl.profiles.schema import Platform, Profile, Transfer
 
-app = typer.Typer(help="List, show and check measured profiles.", no_args_is_help=True)
+app = typer.Typer(help="Measure models; list, show and check profiles.", no_args_is_help=True)
+app.command()(run)
 CONTEXT_TOKENS = 1024
 KIND_STYLE = {"measured": "[green]measured[/]", "derived": "[yellow]derived[/]"}
 

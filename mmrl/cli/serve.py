@@ -47,6 +47,9 @@ def command(
     preload: Annotated[
         list[str] | None, typer.Option(help="Model to load at start; may be given several times.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option(help="First measure models that have no profile: minutes for each.")
+    ] = False,
 ) -> None:
     """Serve several models on one device.
 
@@ -66,7 +69,13 @@ def command(
     else:
         data = {"models": [{"path": model} for model in models]}
     given: dict[str, dict[str, Any]] = {
-        "node": {"policy": policy, "memory": memory, "host_kv": host_kv, "device": device},
+        "node": {
+            "policy": policy,
+            "memory": memory,
+            "host_kv": host_kv,
+            "device": device,
+            "measure": measure or None,
+        },
         "server": {
             "host": host,
             "port": port,
@@ -89,6 +98,11 @@ def command(
             known = [model.get("name") or Path(model["path"]).name for model in data["models"]]
             raise unknown("model in --preload:", name, known)
     config = build_config(data, models[0] if models[0].endswith(".toml") else "mmrl serve")
+    if config.node.measure:
+        from mmrl.cli.profile_run import bars
+        from mmrl.deploy.profiler.serving import measure_first
+
+        measure_first(config, bars)
     asyncio.run(_serve(config))
 
 

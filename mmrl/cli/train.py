@@ -61,8 +61,8 @@ def command(
     learning_rate, entropy, clip, discount_s, trace_s, max_grad_norm, eval_every,
     eval_episodes.
     """
-    total = _number(steps, UNITS, "steps") if steps is not None else None
-    time_s = _number(time, TIMES, "time") if time is not None else None
+    total = number(steps, UNITS, "steps") if steps is not None else None
+    time_s = number(time, TIMES, "time") if time is not None else None
     if resume is not None:
         if scenarios:
             raise InputError("scenarios and --resume", "a run keeps its scenarios: leave them out")
@@ -114,7 +114,7 @@ def _tell(folder: Path) -> None:
     typer.echo(f"compare it: mmrl evaluate --policies {folder},slack --scenarios {names}")
 
 
-def _number(text: str, units: dict[str, int], name: str) -> float:
+def number(text: str, units: dict[str, int], name: str) -> float:
     """Read a number with a unit at its end."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in units or float(match[1]) <= 0:

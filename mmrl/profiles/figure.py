@@ -19,7 +19,7 @@ COLUMNS = 3
 TICKS_MS = [m * 10**e for e in range(-1, 5) for m in (1, 2, 5)]
 
 
-def step_s(costs: CostModel, resident_layers: int, batch: int, context_tokens: int) -> float:
+def step_s(costs: CostModel, resident_layers: float, batch: int, context_tokens: int) -> float:
     """Return the time of a decode step with ``resident_layers`` on the device."""
     missing = costs.profile.layers - resident_layers
     compute = costs.decode_s(batch, context_tokens)

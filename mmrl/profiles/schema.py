@@ -86,8 +86,11 @@ class Architecture(Record):
 
     def prefill_flop(self, tokens: Number) -> Number:
         """Operations of a prompt: 2 per layer parameter and token, and causal attention."""
-        attention = 2 * self.layers * self.attention_heads * self.head_dim
-        return tokens * (2 * self.layers * self.layer_parameters + attention * tokens)
+        return tokens * 2 * self.layers * self.layer_parameters + self.attention_flop(tokens)
+
+    def attention_flop(self, tokens: Number) -> Number:
+        """Operations of a prompt's causal attention."""
+        return 2 * self.layers * self.attention_heads * self.head_dim * tokens * tokens
 
 
 class Transfer(Record):
@@ -99,6 +102,32 @@ class Transfer(Record):
     def seconds(self, n_bytes: float) -> float:
         """Return the time to move n_bytes."""
         return self.fixed_s + n_bytes / self.bytes_per_s
+
+
+class LinkRates(Record):
+    """What the link reaches by kind of copy: large plain copies, the measure of all transfers.
+
+    ``both_*`` are the two directions of page-locked copies that run at the same time; pageable host
+    memory is what ``tensor.to(device)`` copies from and to.
+    """
+
+    h2d_bytes_per_s: float = Field(gt=0)
+    d2h_bytes_per_s: float = Field(gt=0)
+    both_h2d_bytes_per_s: float = Field(gt=0)
+    both_d2h_bytes_per_s: float = Field(gt=0)
+    pageable_h2d_bytes_per_s: float = Field(gt=0)
+    pageable_d2h_bytes_per_s: float = Field(gt=0)
+
+
+class Slowdown(Record):
+    """Factors on a decode step of this resident model while something else moves or computes.
+
+    A measured factor may be a little below 1: it is one median over another.
+    """
+
+    beside_load: float = Field(gt=0)
+    beside_save: float = Field(gt=0)
+    beside_stream: float = Field(gt=0)
 
 
 class Limits(Record):
@@ -126,8 +155,8 @@ class TokenPoint(Record):
 class Provenance(Record):
     """Where the numbers come from; ``repeats`` and ``spread_relative`` are by table.
 
-    A point is the median of its repeats; the spread is the largest measurement of one thing over
-    the smallest, less 1. ``date`` and ``driver`` are None where they were not recorded.
+    A point is the median of its repeats. The spread is the largest in the table: half the 95 %
+    interval of a median, relative to it. ``date`` and ``driver`` are None where not recorded.
     """
 
     source: str
@@ -160,6 +189,8 @@ class Platform(Record):
     stream: Transfer
     kv_save: Transfer
     kv_restore: Transfer
+    link_rates: LinkRates | None = None
+    disk: Transfer | None = None
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -197,6 +228,9 @@ class Profile(Record):
     stream: Transfer
     kv_save: Transfer
     kv_restore: Transfer
+    host_model_s: tuple[TokenPoint, ...] = ()
+    slowdown: Slowdown | None = None
+    disk: Transfer | None = None
     provenance: Provenance
 
     @property
@@ -229,7 +263,7 @@ class Profile(Record):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _check_decode(self)
-        for field in ("prefill", "streamed_layer_s", "host_layer_s"):
+        for field in ("prefill", "streamed_layer_s", "host_layer_s", "host_model_s"):
             _check_rising(field, getattr(self, field))
         for i, point in enumerate(self.prefill):
             bound = float(self.prefill_bound_s(point.tokens))

@@ -1,8 +1,9 @@
 """`Contender`: a policy that takes part in an evaluation, named as the user names it.
 
-A rule (``slack``, or ``slack@tuned`` with the parameters tuned for the scenario), the best policy
-of a run folder (``runs/x``; ``runs/x@step0`` is the one it started from), or the folder of an
-exported policy. ``label=...`` in front of a run or an export gives it a name.
+A rule (``slack``, or ``slack@tuned`` with the parameters tuned for the scenario), ``mpc`` or
+``clairvoyant`` (see ``mmrl.bounds``), the best policy of a run folder (``runs/x``; ``runs/x@step0``
+is the one it started from), or the folder of an exported policy. ``label=...`` in front of a run or
+an export gives it a name.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from mmrl.bounds import PLANNERS, Planner
 from mmrl.errors import InputError, nearest
 from mmrl.rules import get_rule, rule_names
 from mmrl.rules.base import Rule
@@ -19,7 +21,8 @@ CHAMPION = "slack"
 TUNED = "@tuned"
 STEP0 = "@step0"
 BEST_FOLDER, STEP0_FOLDER = "policy_best", "policy_step0"  # as in mmrl.agents.runs, without torch
-Kind = Literal["rule", "learned", "step0"]
+Kind = Literal["rule", "learned", "step0", "bound"]
+CLAIRVOYANT = "clairvoyant"
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,10 @@ class Contender:
 
     Attributes:
         name: Its label in tables and figures, unique within an evaluation.
-        kind: ``rule``, ``learned``, or ``step0`` for what a learned policy started from.
+        kind: ``rule``, ``learned``, ``step0`` for what a learned policy started from, or ``bound``
+            for one that knows the future.
         rule: Name of the rule.
+        planner: Name of the planner.
         path: Folder of the exported policy.
         run: Run folder that the policy comes from.
     """
@@ -37,6 +42,7 @@ class Contender:
     name: str
     kind: Kind
     rule: str = ""
+    planner: str = ""
     path: Path | None = None
     run: Path | None = None
 
@@ -52,6 +58,11 @@ class Contender:
     def rule_for(self, scenario: str) -> Rule:
         """Return the rule with its parameters for a scenario."""
         return get_rule(self.rule, tuned_for=scenario if self.tuned else None)
+
+    def planner_for(self, scenario: str) -> Planner:
+        """Return the planner on the champion, tuned for a scenario where it was."""
+        champion = get_rule(CHAMPION, tuned_for=scenario if is_tuned(CHAMPION, scenario) else None)
+        return replace(PLANNERS[self.planner], base=champion)
 
 
 def is_tuned(rule: str, scenario: str) -> bool:
@@ -104,6 +115,8 @@ def resolve(names: Sequence[str], scenarios: Iterable[str]) -> list[Contender]:
 def _named(name: str) -> list[Contender]:
     if name.removesuffix(TUNED) in rule_names():
         return [Contender(name, "rule", name.removesuffix(TUNED))]
+    if name in PLANNERS:
+        return [Contender(name, "bound" if name == CLAIRVOYANT else "rule", planner=name)]
     label, _, place = name.rpartition("=")
     path = Path(place.removesuffix(STEP0))
     if not place or not path.exists():
@@ -137,7 +150,7 @@ def is_run(folder: Path) -> bool:
 
 def _unknown(name: str, place: str) -> InputError:
     folders = [str(folder) for folder in Path("runs").glob("*/")] if Path("runs").is_dir() else []
-    known = rule_names()
+    known = [*rule_names(), *PLANNERS]
     near = nearest(place, [*known, *folders])
     return InputError(
         f"unknown policy '{name}'",

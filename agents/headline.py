@@ -45,8 +45,9 @@ def headlines(board: dict[str, Any]) -> list[Headline]:
     levels = f"Goodput {percent(top['goodput'])}, mean of {top['episodes']} episodes."
     if len(rows) == 1:
         return [Headline(f"{top['policy']} alone {where}: nothing was compared", levels)]
-    kind = "hand-written policies" if best else "policies"
-    return [Headline(f"{top['policy']} is the best of {len(rows)} {kind} {where}", levels)]
+    rules = sum(row["kind"] == "rule" for row in rows)
+    compared = f"{rules} hand-written policies" if best else f"{len(rows)} policies"
+    return [Headline(f"{top['policy']} is the best of {compared} {where}", levels)]
 
 
 def _against(row: dict[str, Any], best: dict[str, Any], rules: int, where: str) -> Headline:

@@ -23,6 +23,7 @@ from mmrl.agents.contenders import Contender
 from mmrl.agents.export import ExportedPolicy, load_policy
 from mmrl.agents.runner import PolicyRunner
 from mmrl.agents.windows import Windows, cut, label
+from mmrl.bounds import Lookahead
 from mmrl.errors import InputError
 from mmrl.metrics import episode_metrics, request_latencies
 from mmrl.node.actions import VERBS
@@ -37,7 +38,8 @@ from mmrl.workloads.trace import Trace
 
 Floats = npt.NDArray[np.float32]
 Decide = Callable[[Record, Nodes], int]
-SIDE_BY_SIDE = 50  # episodes that a process plays at a time
+SIDE_BY_SIDE = 50  # episodes that a process plays at a time ...
+PLANNED = 5  # ... where they take seconds each
 LATENCIES = ("ttft_s", "tpot_s", "norm_latency")
 
 
@@ -149,13 +151,14 @@ def pieces(
             for contender in contenders:
                 if not contender.plays(scenario):
                     continue
-                for start in range(0, count, SIDE_BY_SIDE):
-                    indices = tuple(range(start, min(start + SIDE_BY_SIDE, count)))
-                    part = traces[start : start + SIDE_BY_SIDE]
+                size = PLANNED if contender.planner else SIDE_BY_SIDE
+                for start in range(0, count, size):
+                    indices = tuple(range(start, min(start + size, count)))
+                    part = traces[start : start + size]
                     found.append(
                         Piece(board.name, board.scenario, load, split, indices, contender, part)
                     )
-    return sorted(found, key=lambda piece: piece.contender.kind == "rule")
+    return sorted(found, key=lambda piece: bool(piece.contender.rule))
 
 
 def play_all(
@@ -243,8 +246,12 @@ def start(piece: Piece) -> Simulator:
 
 def drive(simulator: Simulator, contender: Contender, scenario: str) -> None:
     """Let a contender drive all nodes to the ends of their episodes."""
-    if contender.kind == "rule":
-        run_rule(simulator, contender.rule_for(_sampler(scenario).scenario.name))
+    name = _sampler(scenario).scenario.name
+    if contender.rule:
+        run_rule(simulator, contender.rule_for(name))
+        return
+    if contender.planner:
+        Lookahead(contender.planner_for(name), simulator).run()
         return
     runner = _runner(simulator, contender)
     while not simulator.done.all():
@@ -298,10 +305,14 @@ def decider(simulator: Simulator, contender: Contender, scenario: str) -> Decide
         scenario: Name or path of the scenario.
     """
     tables = simulator.decode_tables, simulator.prefill_tables
-    if contender.kind == "rule":
-        rule = contender.rule_for(_sampler(scenario).scenario.name)
+    name = _sampler(scenario).scenario.name
+    if contender.rule:
+        rule = contender.rule_for(name)
         rule.prepare(simulator.nodes)
         return lambda node, requests: rule.act(node, requests, *tables)
+    if contender.planner:
+        lookahead = Lookahead(contender.planner_for(name), simulator)
+        return lambda node, requests: lookahead.act(0)
     runner = _runner(simulator, contender)
     return lambda node, requests: int(runner.act()[0])
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmrl.agents.evaluate import Watch
     from mmrl.agents.results import Results
 
-KIND_STYLE = {"learned": "bold cyan", "step0": "cyan", "rule": ""}
+KIND_STYLE = {"learned": "bold cyan", "step0": "cyan", "rule": "", "bound": "dim"}
 COMPILING = "the first time, code is compiled: a minute or two"
 GOODPUT_NOTE = (
     "vs best: against the best rule, points, paired by episode; P(better): share of\n"
@@ -35,7 +35,8 @@ def command(
     policies: Annotated[
         str,
         typer.Option(
-            help="Rules, run folders (runs/x, runs/x@step0) and exported policies, by commas; "
+            help="Rules, mpc, clairvoyant, run folders (runs/x, runs/x@step0) and exported "
+            "policies, by commas; "
             "all rules unless given."
         ),
     ] = "",

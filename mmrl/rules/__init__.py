@@ -10,6 +10,7 @@ from mmrl.rules.full_swap import FullSwap
 from mmrl.rules.gdsf import Gdsf
 from mmrl.rules.idle_cost import IdleCost
 from mmrl.rules.lru import Lru
+from mmrl.rules.partial import Partial
 from mmrl.rules.registry import get_rule, rule_class, rule_names
 from mmrl.rules.setup_index import SetupIndex
 from mmrl.rules.slack import Slack
@@ -21,6 +22,7 @@ __all__ = [
     "Gdsf",
     "IdleCost",
     "Lru",
+    "Partial",
     "Rule",
     "SetupIndex",
     "Slack",

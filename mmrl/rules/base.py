@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmrl.node.state import DISPATCHES, CostTable, Nodes, Record
 
-MAX_PARAMS = 8
+MAX_PARAMS = 9
 
 
 def tunable(default: float, low: float, high: float, *, log: bool = False, unit: str = "") -> Any:

@@ -11,6 +11,7 @@ from mmrl.rules import (
     gdsf,
     idle_cost,
     lru,
+    partial,
     setup_index,
     slack,
     static,
@@ -50,4 +51,6 @@ def suggest(
         return static.suggest(s, r, decode_tables, prefill_tables, params)
     if number == 6:
         return drain_first.suggest(s, r, decode_tables, prefill_tables, params)
-    return setup_index.suggest(s, r, decode_tables, prefill_tables, params)
+    if number == 7:
+        return setup_index.suggest(s, r, decode_tables, prefill_tables, params)
+    return partial.suggest(s, r, decode_tables, prefill_tables, params)

@@ -14,6 +14,7 @@ from mmrl.rules.full_swap import FullSwap
 from mmrl.rules.gdsf import Gdsf
 from mmrl.rules.idle_cost import IdleCost
 from mmrl.rules.lru import Lru
+from mmrl.rules.partial import Partial
 from mmrl.rules.setup_index import SetupIndex
 from mmrl.rules.slack import Slack
 from mmrl.rules.static import Static
@@ -21,7 +22,7 @@ from mmrl.rules.static import Static
 TUNED = Path(__file__).parent / "data" / "tuned.toml"
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
-    for rule in (Slack, FullSwap, Lru, Gdsf, IdleCost, Static, DrainFirst, SetupIndex)
+    for rule in (Slack, FullSwap, Lru, Gdsf, IdleCost, Static, DrainFirst, SetupIndex, Partial)
 }
 
 

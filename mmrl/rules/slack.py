@@ -44,7 +44,8 @@ class Slack(Rule):
         patience: A load is urgent for a request that would miss a target if it came later by so
             many times the request's TTFT target.
         margin: Targets saved must exceed so many times the targets lost.
-        residency: A victim has been resident for so many of its own load times.
+        residency: A victim has been resident for so many of its own load times, and for as long as
+            two decisions may lie apart.
         absence: A victim will be away for so many times the two loads of the swap ...
         service: ... and so many times the expected decode time of the waiting model.
         doomed: Weight of a request that has missed a target already.
@@ -177,6 +178,17 @@ def load_most_urgent(s: Record, r: Nodes, prefill_tables: CostTable) -> int:
     return action
 
 
+@jit
+def resides(s: Record, v: int, params: npt.NDArray[np.float64]) -> bool:
+    """Return whether model ``v`` has work and has been resident for long enough to be preempted.
+
+    Without a floor in time a tiny model would come and go at every decision: its load takes
+    microseconds.
+    """
+    least = max(params[RESIDENCY] * load_seconds(s, v) * 1e9, s.interval_ns)
+    return bool(has_work(s, v) and residency_ns(s, v) >= least)
+
+
 @jit_arrays
 def choose_victims(
     s: Record,
@@ -206,9 +218,8 @@ def choose_victims(
     gives = np.zeros(MAX_MODELS, dtype=np.int64)
     service = params[SERVICE] * service_ns(s, r, m, decode_tables)
     for v in range(s.n_models):
-        load = load_seconds(s, v) * 1e9
-        if has_work(s, v) and not s.acted[v] & 1 and residency_ns(s, v) >= params[RESIDENCY] * load:
-            away = params[ABSENCE] * (load_ns(s, m) + load) + service
+        if not s.acted[v] & 1 and resides(s, v, params):
+            away = params[ABSENCE] * (load_ns(s, m) + load_seconds(s, v) * 1e9) + service
             loss[v] = stake(s, r, v, 0, 0.0, away, prefill_tables, params)
             gives[v] = freed_bytes(s, v)
     pieces = level_pieces(s, m, load_verb(s, r, m))

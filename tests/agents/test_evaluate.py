@@ -170,6 +170,17 @@ def test_a_rule_tuned_for_the_scenario_comes_with_the_champion(monkeypatch):
         resolve(["gdsf@tuned"], ["demo"])
 
 
+def test_who_knows_the_future_takes_part_but_is_no_rule(tiny):
+    results = evaluate(["lru", "clairvoyant"], [tiny], episodes=2)
+    assert row(results, "clairvoyant")["kind"] == "bound"
+    assert row(results, "lru")["is_best_rule"] and not row(results, "clairvoyant")["is_best_rule"]
+    assert not (results.episodes.illegal_actions > 0).any()
+    mpc = resolve(["mpc"], ["fast"])[0]
+    assert mpc.kind == "rule" and mpc.planner_for("fast").base == get_rule(
+        "slack", tuned_for="fast"
+    )
+
+
 def test_names_of_learned_policies(run, tmp_path):
     export = make_policy(tmp_path / "export", 0.1)
     names = [c.name for c in resolve([f"ours={run}", str(export)], ["demo"])]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmrl.errors import InputError
-from mmrl.node.actions import LEVEL_0, LEVEL_100, OUT, WAIT, decode, legal
+from mmrl.node.actions import LEVEL_0, LEVEL_100, OUT, VERBS, WAIT, decode, legal
 from mmrl.node.state import NODE, REQUEST, new_nodes, new_requests
 from mmrl.rollout import run_nodes
 from mmrl.rules import Rule, get_rule, rule_class, rule_names
@@ -245,6 +245,75 @@ def test_slack_puts_nothing_out_when_it_would_not_help() -> None:
     rule = get_rule("slack", patience=2.0, residency=8.0)
     out_ms = [t for t, a in decisions(rule, s, r, *tables) if a and decode(0, a)[1] == OUT]
     assert len(out_ms) == 2 and out_ms[0] == out_ms[1] >= 1000
+
+
+def test_slack_lets_a_tiny_model_reside_for_an_interval() -> None:
+    # one of two fits, loads take 2 us: without a floor they would be swapped at every instant
+    requests = [(20 * k, k % 2, 200) for k in range(40)]
+    s, r, *tables = small_node(requests, 2, 1, interval_ns=250 * MS, latency_ns=MS)
+    s.load_base_ns[:2] = s.load_layer_ns[:2] = 1000
+    out_ms = [
+        t for t, a in decisions(get_rule("slack", patience=2.0), s, r, *tables) if a and a % 4 == 1
+    ]
+    assert len(out_ms) >= 3 and min(np.diff(out_ms)) >= 250
+
+
+# --- levels ---------------------------------------------------------------------------------------
+
+
+def wide(s: Any, layers: int = 4) -> None:
+    """Spread the weights of the models of a small node over more layers, in full verbs."""
+    models = slice(0, int(s.n_models))
+    s.full_verbs, s.pieces[models] = 1, layers + 1
+    s.base_bytes[models], s.layer_bytes[models] = 100_000, 900_000 // layers
+    s.load_base_ns[models] = 0
+    s.load_layer_ns[models] = s.stream_layer_ns[models] = LOAD_MS // layers * MS
+
+
+def taken(rule: Rule, s: Any, r: Any, *tables: Any) -> list[tuple[float, int, str]]:
+    """Play to the end; return (ms, model, verb) of each action."""
+    found = []
+    for now_ms, action in decisions(rule, s, r, *tables):
+        if action != WAIT:
+            m, verb = decode(int(s.full_verbs), action)
+            found.append((now_ms, m, VERBS[verb]))
+    return found
+
+
+def test_partial_lowers_an_idle_model_by_no_more_than_is_needed() -> None:
+    # 2.2 MB for two models of 1 MB and one of 0.45 MB: a half of an idle one is enough
+    s, r, *tables = small_node([(0, 0, 4), (500, 1, 4), (1500, 2, 4)], 3, 2)
+    wide(s)
+    s.layer_bytes[2] = 87_500
+    actions = taken(get_rule("partial", spare=0.5), s, r, *tables)
+    lowered = [(m, verb) for ms, m, verb in actions if ms >= 1500 and m != 2]
+    assert len(lowered) == 1 and lowered[0][1] in ("level50", "level75")
+    assert s.done == 1 and not r.miss.any() and s.idle_evictions.sum() == 0
+
+
+def test_partial_makes_room_for_kv_that_a_loaded_model_lacks() -> None:
+    # both are loaded, but the KV of a long prompt does not fit beside them; a quarter of the layers
+    # streams in 25 ms, within the TPOT target of who runs, and going out would break it
+    s, r, *tables = small_node([(0, 0, 3000), (0, 1, 4), (250, 1, 4)], 2, 2, tpot_ns=26 * MS)
+    wide(s)
+    r.prompt[2] = 40_000
+    s.budget_bytes = 2_000_000 + 40_000
+    actions = taken(get_rule("partial", patience=2.0, link=0.05), s, r, *tables)
+    assert [verb for _, m, verb in actions if m == 0][:2] == ["level100", "level75"]
+    assert r.first_ns[2] - r.arrival_ns[2] < 1000 * MS
+    assert s.done == 1 and not r.miss[0] and r[0].preemptions == 0
+
+
+def test_partial_comes_back_to_the_full_level() -> None:
+    s, r, *tables = small_node([(0, 0, 4), (500, 1, 4), (1500, 2, 4)], 3, 2)
+    wide(s)
+    s.layer_bytes[2] = 87_500
+    s.horizon_ns = 10_000 * MS
+    s.n_requests = 3
+    rule = get_rule("partial", spare=0.0)
+    for _ in decisions(rule, s, r, *tables):
+        room = s.budget_bytes - s.base_bytes[:3].sum() - (s.landed[:3] - 1) @ s.layer_bytes[:3]
+    assert (s.target[:3] > 0).all() and room < s.layer_bytes[0] + 10_000
 
 
 # --- by name --------------------------------------------------------------------------------------

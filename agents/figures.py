@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmrl.node.actions import VERBS
+from mmrl.pages import Plot, plot_json
 from mmrl.stats import performance_profile
 
 if TYPE_CHECKING:
@@ -61,23 +62,6 @@ LATENCY_NAMES = {
 
 
 @dataclass(frozen=True)
-class Plot:
-    """A figure for the template.
-
-    Attributes:
-        title: Its heading.
-        json: Plotly's JSON, ready for a script element.
-        height: In pixels.
-        wide: Whether it takes the whole row.
-    """
-
-    title: str
-    json: str
-    height: int = 320
-    wide: bool = False
-
-
-@dataclass(frozen=True)
 class Curve:
     """A scalar over the steps of a training; dashed for the rule that it started from."""
 
@@ -96,7 +80,7 @@ def policy_colours(policies: Iterable[dict[str, Any]]) -> dict[str, str]:
             continue
         if kind == "rule" and name in RULES:
             colours[name] = RULES[name]
-        elif kind == "rule":
+        elif kind in ("rule", "bound"):
             colours[name] = OTHER[other % len(OTHER)]
             other += 1
         elif kind == "step0":
@@ -130,7 +114,7 @@ def load_curves(board: dict[str, Any], colours: dict[str, str], shown: Sequence[
         )
     figure.update_xaxes(title="load")
     figure.update_yaxes(title="goodput, %", rangemode="normal")
-    return Plot("Goodput against load", _json(figure), 340)
+    return Plot("Goodput against load", plot_json(figure), 340)
 
 
 def latency_cdfs(
@@ -156,7 +140,7 @@ def latency_cdfs(
             )
         figure.update_xaxes(type="log", title=unit, **_log_ticks(at_first.value))
         figure.update_yaxes(title="requests, %", range=[0, 101])
-        plots.append(Plot(title, _json(figure), 300))
+        plots.append(Plot(title, plot_json(figure), 300))
     return plots
 
 
@@ -200,7 +184,7 @@ def profiles(
         )
     figure.update_xaxes(title="goodput, %", range=[100 * max(0.0, lowest - 0.02), 100.2])
     figure.update_yaxes(title="episodes above, %", range=[0, 101])
-    return Plot("Performance profile", _json(figure), 340)
+    return Plot("Performance profile", plot_json(figure), 340)
 
 
 def decision_mix(board: dict[str, Any]) -> Plot:
@@ -252,7 +236,7 @@ def _bars(title: str, unit: str, figure: "Figure", rows: int) -> Plot:
     )
     figure.update_xaxes(title=unit)
     figure.update_yaxes(showgrid=False, ticks="", ticksuffix="  ")
-    return Plot(title, _json(figure, top=48), 120 + 26 * rows)
+    return Plot(title, plot_json(figure, top=48), 120 + 26 * rows)
 
 
 def timeline(
@@ -311,7 +295,7 @@ def timeline(
     figure.update_yaxes(title="waiting", range=[0, max(1, most_waiting) * 1.05], row=2)
     figure.update_xaxes(range=[0, end_s])
     figure.update_xaxes(title="seconds", row=2)
-    return Plot(recorded["policy"], _json(figure), 190 + 30 * len(models))
+    return Plot(recorded["policy"], plot_json(figure), 190 + 30 * len(models))
 
 
 def training_curves(runs: dict[str, dict[str, list[Curve]]]) -> list[Plot]:
@@ -348,7 +332,7 @@ def training_curves(runs: dict[str, dict[str, list[Curve]]]) -> list[Plot]:
             legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         )
         figure.update_xaxes(title="steps", nticks=5)
-        plots.append(Plot(title, _json(figure, top=32 if several else 10), 260))
+        plots.append(Plot(title, plot_json(figure, top=32 if several else 10), 260))
     return plots
 
 
@@ -373,21 +357,3 @@ def _main_rows(board: dict[str, Any]) -> list[dict[str, Any]]:
 def _drawn(policies: Iterable[str]) -> list[str]:
     """Return each policy once in the order of drawing: the first one lies on top."""
     return list(dict.fromkeys(policies))[::-1]
-
-
-def _json(figure: "Figure", top: int = 10) -> str:
-    """Return the figure for a script element, with the page's fonts and no colours of its own."""
-    figure.update_layout(
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "system-ui, sans-serif", "size": 12},
-        margin={"l": 52, "r": 12, "t": top, "b": 42},
-        hoverlabel={"font": {"family": "system-ui, sans-serif"}},
-        dragmode=False,
-    )
-    if figure.layout.showlegend is None:
-        figure.update_layout(showlegend=False)
-    figure.update_xaxes(zeroline=False, automargin=True)
-    figure.update_yaxes(zeroline=False, automargin=True)
-    return str(figure.to_json()).replace("</", "<\\/")

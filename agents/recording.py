@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mmrl.agents.contenders import Contender
 from mmrl.agents.play import Board, Piece, decider, start
-from mmrl.envs.timeline import Recorder, Timeline
+from mmrl.envs.timeline import Recorder
 from mmrl.scenarios.seeds import Split
 
 OUT, LOADING, PARTIAL, RESIDENT = "out", "loading", "partial", "resident"
@@ -41,28 +41,54 @@ def record(board: Board, load: float, contender: Contender, split: Split) -> dic
         "episode": f"{split} 0",
         "models": list(timeline.model_names),
         "end_s": float(timeline.time_s[-1]),
-        "spans": [span for m in range(len(timeline.model_names)) for span in _spans(timeline, m)],
+        "spans": [
+            span
+            for m in range(len(timeline.model_names))
+            for span in spans(
+                m,
+                timeline.time_s,
+                timeline.landed[:, m],
+                timeline.target[:, m],
+                timeline.loaded_s[:, m],
+            )
+        ],
         "times_s": [*timeline.time_s[changed].round(3).tolist(), float(timeline.time_s[-1])],
         "waiting": [*waiting[changed].tolist(), int(waiting[-1])],
     }
 
 
-def _spans(timeline: Timeline, m: int) -> list[list[Any]]:
-    """Join the samples at which a model is in the same state."""
-    spans: list[list[Any]] = []
+def spans(
+    m: int,
+    time_s: npt.NDArray[np.float64],
+    landed: npt.NDArray[np.float64],
+    target: npt.NDArray[np.float64],
+    loaded_s: npt.NDArray[np.float64],
+) -> list[list[Any]]:
+    """Join the samples at which model ``m`` is in the same state.
+
+    Args:
+        m: The model.
+        time_s: float64[T], when the samples were taken.
+        landed: float64[T], weights on the device, of the model.
+        target: float64[T], weights wanted, of the model.
+        loaded_s: float64[T], when the last load ended as of each sample; -1 before.
+
+    Returns:
+        [m, from_s, to_s, state] for each stretch of time in which the model is not out.
+    """
+    found: list[list[Any]] = []
     state, since = OUT, 0.0
-    states = _states(timeline.landed[:, m], timeline.target[:, m])
-    for new, now, loaded in zip(states, timeline.time_s, timeline.loaded_s[:, m], strict=True):
+    for new, now, loaded in zip(_states(landed, target), time_s, loaded_s, strict=True):
         if new == state:
             continue
         # A load may end between two samples: the node knows when it did.
         instant = float(loaded if state == LOADING and since < loaded < now else now)
         if state != OUT:
-            spans.append([m, round(since, 3), round(instant, 3), state])
+            found.append([m, round(since, 3), round(instant, 3), state])
         state, since = new, instant
     if state != OUT:
-        spans.append([m, round(since, 3), round(float(timeline.time_s[-1]), 3), state])
-    return spans
+        found.append([m, round(since, 3), round(float(time_s[-1]), 3), state])
+    return found
 
 
 def _states(

@@ -4,18 +4,18 @@ Everything the page says is worked out from results folders (``mmrl.agents.resul
 logs of run folders; the template in ``templates/`` only lays it out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mmrl
 from mmrl.agents import figures
 from mmrl.agents.contenders import CHAMPION, is_run
 from mmrl.agents.headline import headlines, points, verdict
 from mmrl.agents.results import Results, is_results
 from mmrl.errors import InputError
 from mmrl.files import atomic_write
+from mmrl.pages import render_page
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -94,18 +94,7 @@ def gather(sources: Sequence[Path]) -> Material:
 
 def render(material: Material) -> str:
     """Return the page."""
-    import jinja2
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "share": lambda value: "–" if value is None else f"{value * 100:.1f}",
         "points": points,
         "number": _number,
@@ -121,13 +110,11 @@ def render(material: Material) -> str:
     lead, more = _lead([board for _, board in boards], material.runs)
     curves = {run.name: _curves(run) for run in material.runs}
     curves = {run: found for run, found in curves.items() if found}
-    return environment.get_template("report.html").render(
+    return render_page(
+        TEMPLATES / "report.html",
+        filters,
         title=f"mmrl: {lead}",
-        version=mmrl.__version__,
         date=_dates(every),
-        style=Markup((TEMPLATES / "report.css").read_text("utf-8")),
-        script=Markup((TEMPLATES / "report.js").read_text("utf-8")),
-        plotly=Markup(get_plotlyjs()),
         lead=lead,
         more=more,
         legend=[
@@ -151,7 +138,7 @@ def _lead(boards: list[dict[str, Any]], runs: list[Path]) -> tuple[str, list[str
 
 def _policies(every: list[Results]) -> list[dict[str, Any]]:
     """Return all policies, the learned ones first, each once."""
-    rank = {"learned": 0, "step0": 1, "rule": 2}
+    rank = {"learned": 0, "step0": 1, "rule": 2, "bound": 3}
     found = {policy["name"]: policy for results in every for policy in results.summary["policies"]}
     return sorted(found.values(), key=lambda policy: rank[policy["kind"]])
 

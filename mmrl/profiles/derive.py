@@ -3,33 +3,99 @@
 ``scale_profile`` carries a measured profile to another platform: the launch floor stays, what the
 memory paces grows with the ratio of bandwidths, what arithmetic paces with the ratio of rates.
 ``derive_profile`` makes a profile from a model's shape alone: bytes over bandwidth, operations
-over rate, a launch floor per layer. Its constants are fits to the five measured H200 profiles.
+over rate, a launch floor per layer. The constants of both stand in ``data/rule.json``, which
+``benchmarks/fit_derivation.py`` fits to the measured profiles (``mmrl.profiles.fit_rule``).
 """
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import Field
 
 from mmrl.profiles.costs import CostModel
 from mmrl.profiles.schema import (
     Architecture,
     DecodePoint,
+    Limits,
     Platform,
     Profile,
     Provenance,
+    Record,
     TokenPoint,
 )
 
-# Fits to the measured H200 profiles (five models of 0.5 to 15 billion parameters).
-MEMORY_EFFICIENCY = 0.86  # of the data sheet's bandwidth, reached by a copy on the device
-DECODE_LAUNCH_S = 118e-6  # per layer, captured in a CUDA graph: .109 to .126 ms
-ATTENTION_PASSES = 5.5  # times the KV expanded to all query heads moves per step: 5.3 to 5.8
-PREFILL_LAUNCH_S = 0.68e-3  # per layer, eager: .66 to .73 ms
-PREFILL_EFFICIENCY = 0.45  # of the data sheet's rate: .39 to .52 from 1.5 billion parameters up
+RULE_FILE = Path(__file__).parent / "data" / "rule.json"
 
 DECODE_GRID = [(batch, context) for batch in (1, 8, 32, 64) for context in (512, 2048, 8192)]
 PREFILL_GRID = (16, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 WORKSPACE_TOKENS = 2048  # one prefill chunk
 WORKSPACE_BATCH = 64
 LIBRARY_BYTES = 128 * 2**20  # matrix library workspaces and captured graphs
+
+
+class Rule(Record):
+    """What the shape of a model and the limits of a device make of its iterations.
+
+    A decode step takes ``layer_s`` for each layer and ``sequence_s`` for each sequence; reading the
+    weights takes ``weight_passes`` times their bytes over the data sheet's bandwidth (or their
+    operations at the prefill's rate, if that is longer), the KV cache ``kv_passes`` times its
+    bytes and ``expanded_kv_passes`` times the bytes it would have with one KV head per query head.
+    A prefill takes its operations over a share of the data sheet's rate, but no less than
+    ``prefill_layer_s`` for each layer.
+
+    Attributes:
+        fitted_to: The measured profiles, as platform/model.
+        decode_error: Largest relative error on their decode points.
+        prefill_error: The same on their prefill points.
+    """
+
+    layer_s: float = Field(ge=0)
+    sequence_s: float = Field(ge=0)
+    weight_passes: float = Field(ge=1)
+    kv_passes: float = Field(ge=0)
+    expanded_kv_passes: float = Field(ge=0)
+    prefill_layer_s: float = Field(ge=0)
+    matrix_efficiency: float = Field(gt=0, le=1)
+    attention_efficiency: float = Field(gt=0, le=1)
+    fitted_to: tuple[str, ...]
+    decode_error: float = Field(ge=0)
+    prefill_error: float = Field(ge=0)
+
+    def read_s(self, shape: Architecture, bytes_per_s: float) -> float:
+        """Return the time to read all weights once, at the bandwidth of a data sheet."""
+        return self.weight_passes * shape.read_bytes / bytes_per_s
+
+    def decode_s(self, shape: Architecture, limits: Limits, batch: int, context: int) -> float:
+        """Return the time of a decode step of ``batch`` sequences of ``context`` tokens."""
+        flop = 2 * batch * shape.read_bytes / shape.bytes_per_value
+        rate = limits.compute_flop_per_s * self.matrix_efficiency
+        kv = shape.kv_bytes_per_token
+        expanded = kv * shape.attention_heads / shape.kv_heads
+        moved = batch * context * (self.kv_passes * kv + self.expanded_kv_passes * expanded)
+        return (
+            self.layer_s * shape.layers
+            + self.sequence_s * batch
+            + max(self.read_s(shape, limits.memory_bytes_per_s), flop / rate)
+            + moved / limits.memory_bytes_per_s
+        )
+
+    def prefill_s(self, shape: Architecture, limits: Limits, tokens: int) -> float:
+        """Return the time of a whole prompt."""
+        attention = shape.attention_flop(tokens)
+        matrix = shape.prefill_flop(tokens) - attention
+        work = matrix / self.matrix_efficiency + attention / self.attention_efficiency
+        return max(
+            self.prefill_layer_s * shape.layers,
+            self.read_s(shape, limits.memory_bytes_per_s),
+            work / limits.compute_flop_per_s,
+        )
+
+
+@functools.cache
+def rule() -> Rule:
+    """Return the shipped rule."""
+    return Rule.model_validate_json(RULE_FILE.read_text(encoding="utf-8"))
 
 
 def estimate_workspace_bytes(architecture: Architecture) -> int:
@@ -50,14 +116,15 @@ def scale_profile(source: Profile, source_platform: Platform, target: Platform) 
     memory_ratio = source_platform.limits.memory_bytes_per_s / target.limits.memory_bytes_per_s
     flop_ratio = source_platform.limits.compute_flop_per_s / target.limits.compute_flop_per_s
     costs = CostModel(source)
-    floor = max(0.0, costs.decode_s(1, 0) - _read_s(source.architecture, source_platform))
+    read_s = rule().read_s(source.architecture, source_platform.limits.memory_bytes_per_s)
+    floor = max(0.0, costs.decode_s(1, 0) - read_s)
 
     def decode_s(batch: int, context: int) -> float:
         return floor + (costs.decode_s(batch, context) - floor) * memory_ratio
 
     def prefill_s(tokens: int) -> float:
         compute = costs.prefill_compute_s(tokens) * flop_ratio
-        return max(costs.prefill_s(0), _read_s(source.architecture, target), compute)
+        return max(costs.prefill_s(0), read_s * memory_ratio, compute)
 
     return _profile(
         source.model,
@@ -87,30 +154,14 @@ def scale_profile(source: Profile, source_platform: Platform, target: Platform) 
 
 def derive_profile(model: str, architecture: Architecture, platform: Platform) -> Profile:
     """Derive the profile of an unmeasured model from its shape and the platform's limits."""
-    bandwidth = platform.limits.memory_bytes_per_s * MEMORY_EFFICIENCY
-    rate = platform.limits.compute_flop_per_s * PREFILL_EFFICIENCY
-    expanded = (  # bytes per context token, keys and values repeated for each query head
-        2 * architecture.layers * architecture.attention_heads * architecture.head_dim
-    ) * architecture.bytes_per_value
-
-    def decode_s(batch: int, context: int) -> float:
-        attention = batch * context * expanded * ATTENTION_PASSES / bandwidth
-        flop = 2 * batch * architecture.read_bytes / architecture.bytes_per_value
-        work = max(_read_s(architecture, platform), flop / rate)
-        return architecture.layers * DECODE_LAUNCH_S + work + attention
-
-    def prefill_s(tokens: int) -> float:
-        compute = architecture.prefill_flop(float(tokens)) / rate
-        launch = architecture.layers * PREFILL_LAUNCH_S
-        return max(launch, _read_s(architecture, platform), compute)
-
+    by = rule()
     return _profile(
         model,
         architecture,
         platform,
         DECODE_GRID,
-        decode_s,
-        prefill_s,
+        lambda batch, context: by.decode_s(architecture, platform.limits, batch, context),
+        lambda tokens: by.prefill_s(architecture, platform.limits, tokens),
         estimate_workspace_bytes(architecture),
         Provenance(
             source=f"shape of {model} and data sheet of {platform.provenance.gpu}",
@@ -118,20 +169,19 @@ def derive_profile(model: str, architecture: Architecture, platform: Platform) -
             gpu=platform.provenance.gpu,
             link=platform.provenance.link,
             notes=(
-                f"decode: {DECODE_LAUNCH_S * 1e6:g} us per layer, weights once, expanded KV "
-                f"{ATTENTION_PASSES:g} times at {MEMORY_EFFICIENCY:.0%} of the bandwidth",
-                f"prefill: operations at {PREFILL_EFFICIENCY:.0%} of the rate, not below "
-                f"{PREFILL_LAUNCH_S * 1e3:g} ms per layer",
+                f"decode: {by.layer_s * 1e6:.0f} us per layer and {by.sequence_s * 1e6:.1f} us per "
+                f"sequence, weights {by.weight_passes:.2f} times, KV {by.kv_passes:.1f} times and, "
+                f"expanded to the query heads, {by.expanded_kv_passes:.1f} times, at the bandwidth",
+                f"prefill: matrices at {by.matrix_efficiency:.0%} and attention at "
+                f"{by.attention_efficiency:.0%} of the rate, not below "
+                f"{by.prefill_layer_s * 1e3:.2f} ms per layer",
+                f"on the profiles it was fitted to, the rule is off by up to {by.decode_error:.0%} "
+                f"(decode) and {by.prefill_error:.0%} (prefill)",
                 "workspace_bytes: an estimate",
                 *platform.provenance.notes,
             ),
         ),
     )
-
-
-def _read_s(architecture: Architecture, platform: Platform) -> float:
-    """Return the time to read all weights once at the bandwidth that is reached in practice."""
-    return architecture.read_bytes / (platform.limits.memory_bytes_per_s * MEMORY_EFFICIENCY)
 
 
 def _profile(

@@ -5,6 +5,7 @@ utilisations around it. Every one is tried on the same development seeds, but a 
 rate makes other episodes of them: the line averages the noise that a bisection would end in.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -67,40 +68,65 @@ def calibrate(
     Raises:
         InputError: The goodput is below at the lightest load or above at the heaviest.
     """
+    start = min(max(scenario.utilisation_at_load_1, LEAST), MOST)
+    reached = functools.partial(goodput, scenario)
+    limits = LEAST, MOST
+    return find_crossing(f"scenario '{scenario.name}'", reached, report, start, limits)
 
-    def enough(utilisation: float) -> bool:
-        reached = goodput(scenario, utilisation)
-        report(utilisation, reached)
+
+def find_crossing(
+    what: str,
+    goodput: Callable[[float], float],
+    report: Callable[[float, float], None],
+    start: float,
+    limits: tuple[float, float],
+) -> tuple[float, float]:
+    """Find the load, in any unit, at which the goodput falls through `GOODPUT`.
+
+    Args:
+        what: Whose load, for the message.
+        goodput: Goodput at a load, falling on the whole.
+        report: Told each load tried and its goodput.
+        start: Where the search starts.
+        limits: Between which it must lie.
+
+    Returns:
+        (load, rounded to three digits, and the goodput there).
+
+    Raises:
+        InputError: The goodput is below at the lightest load or above at the heaviest.
+    """
+
+    def enough(load: float) -> bool:
+        reached = goodput(load)
+        report(load, reached)
         return reached >= GOODPUT
 
-    low = high = min(max(scenario.utilisation_at_load_1, LEAST), MOST)
+    low = high = start
     if enough(low):
         while enough(high := 2 * low):
             low = high
-            if low > MOST:
+            if low > limits[1]:
                 raise InputError(
-                    f"scenario '{scenario.name}': goodput stays above {GOODPUT:g} at any load",
+                    f"{what}: goodput stays above {GOODPUT:g} at any load",
                     "tighten its targets or lower its budget",
                 )
     else:
         while not enough(low := high / 2):
             high = low
-            if high < LEAST:
+            if high < limits[0]:
                 raise InputError(
-                    f"scenario '{scenario.name}': goodput stays below {GOODPUT:g} at any load",
+                    f"{what}: goodput stays below {GOODPUT:g} at any load",
                     "loosen its targets or raise its budget",
                 )
     middle = math.sqrt(low * high)
     low, high = (middle, high) if enough(middle) else (low, middle)
     tried = np.geomspace(low / BEYOND, high * BEYOND, POINTS)
-    reached = [goodput(scenario, float(utilisation)) for utilisation in tried]
+    reached = [goodput(float(load)) for load in tried]
     for point in zip(tried.tolist(), reached, strict=True):
         report(*point)
     slope, level = np.polyfit(np.log(tried), reached, 1)
     if slope >= 0:
-        raise InputError(
-            f"scenario '{scenario.name}': goodput does not fall with the load",
-            "play more episodes",
-        )
+        raise InputError(f"{what}: goodput does not fall with the load", "play more episodes")
     found = float(f"{math.exp((GOODPUT - level) / slope):.3g}")
-    return found, goodput(scenario, found)
+    return found, goodput(found)

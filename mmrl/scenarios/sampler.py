@@ -108,6 +108,11 @@ class EpisodeSampler:
         return self._choices[platform]
 
     @property
+    def longest_tokens(self) -> int:
+        """The most tokens, prompt and output, that a request can have."""
+        return self._source.longest_tokens
+
+    @property
     def trace_notes(self) -> tuple[str, ...]:
         """What was done to the scenario's trace for the largest fleet; empty without a trace."""
         if isinstance(self._source, RecordedRequests):

@@ -1,0 +1,10 @@
+"""The study: offloading and preemption of each model on each platform, worked out from profiles.
+
+``compute`` makes the tables, ``write_study`` the page about them and the tables as files. Every
+second comes from ``CostModel`` and from the semantics of a node (docs/semantics.md).
+"""
+
+from mmrl.study.page import write_study
+from mmrl.study.tables import Study, compute, gather
+
+__all__ = ["Study", "compute", "gather", "write_study"]

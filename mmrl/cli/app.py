@@ -27,7 +27,10 @@ COMMANDS = {
     "tune": ("mmrl.cli.tune", "Tune a hand-written policy."),
     "scenarios": ("mmrl.cli.scenarios", "List and show scenarios."),
     "workload": ("mmrl.cli.workload", "Describe workloads and traces."),
-    "profile": ("mmrl.cli.profile", "List, show and check measured profiles."),
+    "profile": ("mmrl.cli.profile", "Measure models; list, show and check profiles."),
+    "plan": ("mmrl.cli.plan", "Say what a fleet can carry, and what a change would bring."),
+    "study": ("mmrl.cli.study", "Show what offloading and preemption cost, from profiles."),
+    "validate": ("mmrl.cli.validate", "Compare the live node with the simulator."),
     "testbed": ("mmrl.cli.testbed", "Write random-weight models to try serving with."),
 }
 

@@ -38,9 +38,7 @@ DEVICE = torch.device("cuda", 0)
 def rig_of(names: list[str], memory_gb: float, **options: Any) -> Rig:
     """Open models by name in so much memory, and say how long it took."""
     rig = Rig.of(names, device="cuda", memory=int(memory_gb * 1e9), **options)
-    print(
-        f"  {', '.join(names)}: opened in {rig.opened_s:.1f} s, warmed up in {rig.warmed_s:.1f} s"
-    )
+    print(f"  {', '.join(names)}: opened in {rig.opened_s:.1f} s")
     return rig
 
 

@@ -5,23 +5,22 @@ before the first gigabyte is read.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mmrl.agents.export import ExportedPolicy, load_policy
+from mmrl.agents.export import DEFAULT, ExportedPolicy, load_policy
 from mmrl.deploy.adapter import DeployAdapter
 from mmrl.deploy.checkpoint import Checkpoint
 from mmrl.deploy.clock import Clock
 from mmrl.deploy.config import ModelConfig, ServeConfig
 from mmrl.deploy.engine import Engine
-from mmrl.deploy.hardware import device_name, find_device, usable_bytes
+from mmrl.deploy.hardware import device_name, find_device, usable_bytes, used_bytes
 from mmrl.deploy.known import find_profiles, model_dtype, notes_on
 from mmrl.deploy.kv import HostKV, KVPool
 from mmrl.deploy.memory import (
-    BudgetExceeded,
     DeviceMemory,
     HostArena,
     host_available_bytes,
@@ -30,9 +29,9 @@ from mmrl.deploy.memory import (
 from mmrl.deploy.node import LiveNode, ModelCosts, NodeNumbers
 from mmrl.deploy.protocol import ModelInfo, ModelState, NodeState
 from mmrl.deploy.runner import GraphPool, ModelRunner
-from mmrl.deploy.sampling import Choice
 from mmrl.deploy.served import ServedModel
 from mmrl.deploy.streaming import StreamSlots
+from mmrl.deploy.warm import warm_up
 from mmrl.deploy.weights import ModelWeights, host_buffers, host_bytes
 from mmrl.errors import InputError
 from mmrl.node.actions import verb_names
@@ -76,33 +75,6 @@ class Fleet:
         self.engine.host_kv.close()
         for arena in self.arenas:
             arena.close()
-
-    def warm_up(self, names: Collection[str] | None = None) -> None:
-        """Run each model once before anybody waits: kernels are compiled and graphs captured.
-
-        Models that do not fit wholly are left out; they never use a graph.
-
-        Args:
-            names: Only these.
-        """
-        for model in self.engine.models:
-            if names is not None and model.name not in names:
-                continue
-            weights, pool = model.weights, model.pool
-            key = -1
-            try:
-                weights.set_granted(range(weights.layers))
-                pool.resize(key, 2)
-            except BudgetExceeded:
-                weights.set_granted(None)
-                continue
-            for piece in range(1 + weights.layers):
-                weights.copy_piece(piece)
-            for tokens in (BLOCK_TOKENS, 1):
-                model.runner.prefill([0] * tokens, 0, pool.table(key), Choice())
-            model.runner.capture()
-            pool.free(key)
-            weights.set_granted(None)
 
     def picture(self) -> NodeState:
         """Return a picture of the node now."""
@@ -179,6 +151,7 @@ def open_fleet(
     progress: Progress | None = None,
     clock: Clock | None = None,
     checkpoints: list[Checkpoint] | None = None,
+    warm: bool = True,
 ) -> Fleet:
     """Open every checkpoint, check that the fleet can be served, and read the weights.
 
@@ -188,6 +161,8 @@ def open_fleet(
         clock: Time of the engine; real unless given.
         checkpoints: The models' checkpoints, where they are not read from their paths. Models
             with the same object share one copy of the weights on the host.
+        warm: Run the models once if there is a GPU, and set apart what that takes; without it,
+            what their profiles say.
 
     Raises:
         InputError: Something in the configuration cannot be served; the remedy says why.
@@ -198,15 +173,19 @@ def open_fleet(
     found = find_profiles(config, opened, device, real_time=clock is None or clock.real)
     policy = _policy(config.node.policy)
     full_verbs = _full_verbs(config, policy)
+    before = used_bytes(device) if device.type == "cuda" else 0
     place = _take_memory(config, opened, [one.profile for one in found], device, full_verbs)
     served, arenas = _read_models(config.models, opened, place, progress)
+    reserve = place.reserve_bytes
+    if warm and device.type == "cuda":
+        reserve = _warm(config, opened, place, served, before, full_verbs)
     costs = [
         _costs(model, (model.targets or config.node.targets).numbers, one.profile, live)
         for model, one, live in zip(config.models, found, served, strict=True)
     ]
     numbers = NodeNumbers(
         budget_bytes=place.budget_bytes,
-        reserve_bytes=place.reserve_bytes,
+        reserve_bytes=reserve,
         host_kv_limit_bytes=int(config.node.host_kv),
         full_verbs=full_verbs,
         dispatch=config.node.dispatch,
@@ -259,6 +238,8 @@ def _take_memory(
             "lower it",
         )
     workspace = max(profile.workspace_bytes for profile in profiles)
+    if device.type == "cuda":
+        workspace += sum(profile.graphs_bytes for profile in profiles)
     slot_bytes = max(checkpoint.layer_bytes for checkpoint in opened) if full_verbs else 0
     _check_budget(config, opened, budget, workspace + 2 * slot_bytes, full_verbs)
     memory = DeviceMemory(device, budget - workspace)
@@ -266,6 +247,28 @@ def _take_memory(
     pools = [KVPool(memory, c.layers, c.kv_heads, c.head_dim, c.dtype) for c in opened]
     reserve = workspace + slots.device_bytes + sum(pool.slack_bytes for pool in pools)
     return _Place(budget, reserve, memory, slots, pools)
+
+
+def _warm(
+    config: ServeConfig,
+    opened: list[Checkpoint],
+    place: _Place,
+    served: list[ServedModel],
+    before: int,
+    full_verbs: bool,
+) -> int:
+    """Run the models once; return the bytes that they then need beside weights and KV.
+
+    Raises:
+        InputError: With these set apart a model can never run.
+    """
+    seen = warm_up(served, place.memory, before)
+    workspace = seen.total if full_verbs else seen.total - seen.stream
+    _check_budget(
+        config, opened, place.budget_bytes, workspace + place.slots.device_bytes, full_verbs
+    )
+    place.memory.set_budget(place.budget_bytes - workspace)
+    return workspace + place.slots.device_bytes + sum(pool.slack_bytes for pool in place.pools)
 
 
 def _read_models(
@@ -389,7 +392,7 @@ def _policy(name: str) -> ExportedPolicy | Rule:
     """Return the policy of a name: a rule's, or the folder of a trained one."""
     if name in rule_names():
         return get_rule(name)
-    if not Path(name).exists():
+    if name != DEFAULT and not Path(name).exists():
         raise InputError(
             f"node.policy: '{name}' is neither a rule nor the folder of a trained policy",
             f"rules: {', '.join(rule_names())}",

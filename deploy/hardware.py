@@ -69,6 +69,14 @@ def find_device(name: str, field: str = "node.device") -> torch.device:
     return device
 
 
+def used_bytes(device: torch.device) -> int:
+    """Return how much memory of a GPU is in use, by anybody; torch's spare memory is not."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free)
+
+
 def usable_bytes(device: torch.device) -> int:
     """Return how much memory a node can have on a device."""
     if device.type == "cuda":

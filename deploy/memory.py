@@ -103,6 +103,27 @@ class DeviceMemory:
             return _CpuRange(self, self.round_up(nbytes))
         return _CudaRange(self, self.round_up(nbytes), self._frames)
 
+    @property
+    def held_bytes(self) -> int:
+        """Return what is taken of the device: committed, or kept for the next taker."""
+        return self.committed_bytes if self._frames is None else self._frames.total_bytes
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Set the budget anew; what is kept for the next taker is given back.
+
+        Raises:
+            BudgetExceeded: More is committed.
+        """
+        if self.committed_bytes > budget_bytes:
+            raise BudgetExceeded(
+                f"{size_text(self.committed_bytes)} of device memory are committed, the budget "
+                f"is {size_text(max(0, budget_bytes))}",
+                "raise the memory budget",
+            )
+        self.budget_bytes = budget_bytes
+        if self._frames is not None:
+            self._frames.limit(budget_bytes)
+
     def close(self) -> None:
         """Give the memory back that is kept for the next taker; all ranges are closed by now."""
         if self._frames is not None:
@@ -426,8 +447,13 @@ class _Frames:
         self._unmap(at, self._stale.pop(at))
         return True
 
+    def limit(self, nbytes: int) -> None:
+        """Set the most bytes of frames, and give back those that are not in use."""
+        self._limit_bytes = nbytes
+        self.close()
+
     def close(self) -> None:
-        """Give all frames back to the driver; none may be in use."""
+        """Give all frames back to the driver that are not in use."""
         for at in list(self._stale):
             self._unmap(at, self._stale.pop(at))
         for size in self._sizes:

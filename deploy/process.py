@@ -92,8 +92,6 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
             if kind == "stop":
                 return
 
-    if fleet.device.type == "cuda":
-        fleet.warm_up()
     pipe.send(("ready", fleet.infos, fleet.notes))
     threading.Thread(target=read, name="pipe", daemon=True).start()
     engine.begin()

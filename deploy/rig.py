@@ -14,7 +14,7 @@ weights that need no files.
 import gc
 import itertools
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -73,7 +73,7 @@ class Rig(AbstractContextManager["Rig"]):
         config: The fleet and its node. A path that is no folder but a name of the testbed stands
             for that shape with random weights, bf16 unless its ``dtype`` says otherwise.
         by_hand: Nothing is decided but by `act`; else the config's policy decides.
-        warm_up: Models whose graphs are captured before anything runs; all of them unless given.
+        warm: Run the models once before anything is asked for (`open_fleet`).
         progress: Told (model, bytes read, bytes in all) while weights are read.
         clock: Time of the engine; real unless given.
         checkpoints: What the paths stand for, where they have been opened already.
@@ -88,7 +88,6 @@ class Rig(AbstractContextManager["Rig"]):
         steps: Iterations of resident models, in order.
         transfers: Ends of transfers, host to device and back, in order.
         opened_s: How long opening took, host memory included.
-        warmed_s: How long the capture of graphs took.
 
     Raises:
         InputError: Something in the configuration cannot be served.
@@ -99,7 +98,7 @@ class Rig(AbstractContextManager["Rig"]):
         config: ServeConfig,
         *,
         by_hand: bool = True,
-        warm_up: Collection[str] | None = None,
+        warm: bool = True,
         progress: Progress | None = None,
         clock: Clock | None = None,
         checkpoints: list[Checkpoint] | None = None,
@@ -111,12 +110,8 @@ class Rig(AbstractContextManager["Rig"]):
         self.transfers: list[Done] = []
         self._number = 0
         begun = time.monotonic()
-        self.fleet = open_fleet(config, progress, clock, self.checkpoints)
+        self.fleet = open_fleet(config, progress, clock, self.checkpoints, warm)
         self.opened_s = time.monotonic() - begun
-        begun = time.monotonic()
-        if self.fleet.device.type == "cuda":
-            self.fleet.warm_up(warm_up)
-        self.warmed_s = time.monotonic() - begun
         self.engine, self.node = self.fleet.engine, self.fleet.engine.node
         if by_hand:
             given = self.engine.adapter

@@ -6,7 +6,7 @@ are there and not with the longest possible context. On a GPU a small copy is ma
 addresses the page-locked buffer itself: a copy engine would have it wait behind the gigabytes of
 weights that another thread is moving.
 
-On a GPU a decode step of a resident model, and a short chunk that begins a sequence, replay a CUDA
+On a GPU a decode step of a resident model, and a chunk that begins a sequence, replay a CUDA
 graph, one for each of some batch sizes and chunk lengths: a step of a 7B model launches over a
 thousand small kernels, and launched one by one they take longer than the reading of the weights. A
 graph names addresses only; weights and KV lie at addresses that outlive evictions, and what changes
@@ -15,6 +15,7 @@ graph beyond the batch have length 0 and touch nothing. Tokens of a graph beyond
 computed and thrown away: they come after the real ones, which do not see them, and have no slot.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,11 @@ from torch import nn
 from mmrl.deploy.attention import Decode, Prefill, use_paged_attention
 from mmrl.deploy.kv import BLOCK_TOKENS, KVPool, Table
 from mmrl.deploy.sampling import PARAMETERS, Choice, choose, forbid
+from mmrl.node.state import CHUNK_TOKENS
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MAX_BATCH = BATCH_SIZES[-1]
-CHUNK_SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+CHUNK_SIZES = (16, 32, 64, 96, *range(128, 1024, 64), *range(1024, CHUNK_TOKENS + 1, 128))
 
 # Rows of a decode step in the staging buffer, MAX_BATCH numbers each; the packed tables follow.
 _TOKEN, _POSITION, _LENGTH, _SLOT, _START, _NO_EOS = range(6)
@@ -104,6 +106,9 @@ class ModelRunner:
         max_context: Most tokens of a sequence.
         eos: Its end-of-sequence tokens.
         graph_pool: Shared by the models of a device; none runs without graphs.
+
+    Attributes:
+        max_context: As given.
     """
 
     def __init__(
@@ -116,8 +121,10 @@ class ModelRunner:
     ) -> None:
         self._module: Any = module
         self._pool = pool
+        self.max_context = max_context
         self._device = device = pool.device
         use_paged_attention(module)
+        _slice_long_inputs(module)
         _move_buffers(module, device)
         self._eos = torch.tensor(sorted(set(eos)), dtype=torch.int64, device=device)
         blocks_each = -(-max_context // BLOCK_TOKENS)
@@ -434,6 +441,29 @@ class ModelRunner:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+
+
+def _slice_long_inputs(module: nn.Module) -> None:
+    """Have feed-forward networks take long prompts in parts: most of what they need is in them.
+
+    A gated network holds three times its inner width for each token, of a 7B model 110 KB.
+    """
+    for name, part in module.named_modules():
+        if name.rpartition(".")[2] == "mlp":
+            part.forward = functools.partial(_in_parts, part.forward)
+
+
+def _in_parts(
+    forward: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
+) -> torch.Tensor:
+    tokens = hidden.shape[-2]
+    if tokens <= CHUNK_TOKENS:
+        return forward(hidden)
+    out = torch.empty_like(hidden)
+    for first in range(0, tokens, CHUNK_TOKENS):
+        part = slice(first, first + CHUNK_TOKENS)
+        out[..., part, :] = forward(hidden[..., part, :])
+    return out
 
 
 def _chunk_layout(size: int) -> tuple[int, int]:

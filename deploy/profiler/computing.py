@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mmrl.deploy.profiler.raw import Section
 from mmrl.deploy.profiler.subject import Subject
 from mmrl.deploy.runner import DecodeInput, ModelRunner
 from mmrl.deploy.sampling import Choice
+from mmrl.deploy.warm import warm_up
 from mmrl.deploy.weights import host_buffers
 from mmrl.node.state import BLOCK_TOKENS, CHUNK_TOKENS
 
@@ -27,13 +29,21 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 MORE_BATCHES = (24, 48, 9, 17, 33, 49)  # its other sizes, and just above some
 CONTEXTS = (128, 1024, 4096, 16384)
 MORE_CONTEXTS = (512, 2048, 8192)
-# Chunks of up to 512 tokens at the start of a sequence replay a graph, longer ones do not.
-PROMPTS = (16, 32, 64, 128, 256, 384, 512, 640, 768, 1024, 1536)
+# A chunk that begins a sequence is padded to the next size it has a graph for: between two sizes
+# the middle of what is padded to the larger stands for all of it.
+PROMPTS = (16, 24, 48, 112, 160, 224, 352, 480, 608, 736, 864, 992, 1216, 1472, 1728, 1984)
 CORE_PROMPT, LONG_PROMPT = 512, 16384
 CHUNKS_AFTER = (16, 128, 512, 1024)  # tokens of a chunk that continues a prompt
 HOST_TOKENS = (1, 8, 32, 128)
 HOST_CONTEXT = 128
 HOST_LIMIT_S = 6.0  # no larger point on the host is begun after one that took so long
+
+
+def memory(subject: Subject, section: Section) -> None:
+    """Measure what the model takes of a GPU beside weights and KV."""
+    if subject.on_gpu:
+        rig = subject.rig
+        section.values |= asdict(warm_up([subject.model], rig.fleet.memory, subject.used_before))
 
 
 def decode(subject: Subject, section: Section) -> None:
@@ -71,7 +81,6 @@ def _decode_grid(
                         warm=2,
                         **point,
                     )
-        _note_memory(subject, section)
 
 
 def prefill(subject: Subject, section: Section) -> None:
@@ -90,7 +99,6 @@ def prefill(subject: Subject, section: Section) -> None:
                     tokens=count,
                 )
         _long_prompt(subject, section, table, longest)
-        _note_memory(subject, section)
 
 
 def _long_prompt(subject: Subject, section: Section, table: Table, longest: int) -> None:
@@ -132,7 +140,6 @@ def other_prefill(subject: Subject, section: Section) -> None:
                     one_pass=True,
                     tokens=count,
                 )
-        _note_memory(subject, section)
 
 
 def _prefill(
@@ -141,12 +148,6 @@ def _prefill(
     tokens = [10 + (7 * i) % 200 for i in range(count)]
     runner = subject.model.runner
     return subject.compute(lambda: runner.prefill(tokens, start, table, Choice(), resident))
-
-
-def _note_memory(subject: Subject, section: Section) -> None:
-    """Note the most that torch has taken: all that is neither weights nor KV."""
-    if subject.on_gpu:
-        section.values["torch_peak_bytes"] = torch.cuda.max_memory_reserved()
 
 
 def host(subject: Subject, section: Section) -> None:

@@ -36,7 +36,7 @@ from mmrl.profiles.schema import (
 DIGITS = 6  # more than any of these measurements has
 LARGEST_HOST_KV = 64 * 10**9
 BUDGETS_GB = (24.0, 48.0, 80.0)
-LEAST_SHARE = 0.01  # of a layer's time on the link: a streamed layer takes at least this
+LEAST_SHARE, MOST_SHARE = 0.97, 1.25  # of a copy alone, that a streamed layer takes
 TABLES = {
     "decode": ("decode", "more_decode"),
     "prefill": ("prefill",),
@@ -86,8 +86,8 @@ def fit_stream(
         copies_s: How long single layers were on the link.
 
     Returns:
-        Seconds per iteration, and seconds of a layer by tokens. Where launching paces the step
-        and not the link, the fixed part takes what does not grow with the layers.
+        Seconds per iteration, and seconds of a layer by tokens: near those of a copy. Where
+        launching paces the step and not the link, the fixed part takes the difference.
     """
     rows = [(p["batch"], p["missing_layers"], median(p["times_s"])) for p in points if p["times_s"]]
     batches = sorted({batch for batch, _, _ in rows})
@@ -96,8 +96,12 @@ def fit_stream(
         design[i, 0] = 1 / time
         design[i, 1 + batches.index(batch)] = missing / time
     fixed_s, *layers = nnls(design, np.ones(len(rows)))[0].tolist()
-    least = LEAST_SHARE * (median(copies_s) if copies_s else min(t / m for _, m, t in rows))
-    times = np.maximum.accumulate(np.maximum(layers, least)).tolist()
+    if copies_s:
+        copy_s = median(copies_s)
+        layers = np.clip(layers, LEAST_SHARE * copy_s, MOST_SHARE * copy_s)
+        of = dict(zip(batches, layers, strict=True))
+        fixed_s = max(0.0, median([time - missing * of[batch] for batch, missing, time in rows]))
+    times = np.maximum.accumulate(layers).tolist()
     return _round(fixed_s), tuple(
         TokenPoint(tokens=batch, time_s=_round(time))
         for batch, time in zip(batches, times, strict=True)
@@ -131,8 +135,8 @@ def make_profile(raw: Raw, checkpoint: Checkpoint, machine: Machine) -> Profile:
         notes.append("the model fits only streamed: decode and prefill are DERIVED from its shape")
     host_layers, host_model = _host(raw)
     notes += _notes(raw, streamed, fixed_s, checkpoint.layers, host_model)
-    peak = max(raw.value(name, "torch_peak_bytes", 0) for name in ("decode", "prefill"))
-    if not peak:
+    graphs, *activations = (raw.value("memory", k, 0) for k in ("graphs", "compute", "stream"))
+    if not graphs:
         notes.append("workspace_bytes: an estimate")
     profile = Profile.model_construct(
         platform=machine.name,
@@ -143,7 +147,8 @@ def make_profile(raw: Raw, checkpoint: Checkpoint, machine: Machine) -> Profile:
         layer_bytes=checkpoint.layer_bytes,
         base_bytes=checkpoint.base_bytes,
         kv_bytes_per_token=checkpoint.kv_bytes_per_token,
-        workspace_bytes=peak or estimate_workspace_bytes(shape),
+        workspace_bytes=sum(activations) or estimate_workspace_bytes(shape),
+        graphs_bytes=graphs,
         usable_bytes=platform.usable_bytes,
         limits=platform.limits,
         decode=decode,
@@ -373,7 +378,7 @@ def _notes(
     ]
     notes = [
         "decode: CUDA graph where there is a GPU, on the compute worker; KV random and in place",
-        "prefill: chunks of 2,048 tokens, one after the other; those of up to 512 replay a graph",
+        "prefill: chunks of 2,048 tokens, one after the other; the first replays a graph",
         f"stream: fixed part and layers fitted to whole steps, within {max(errors):.1%}",
         "slowdown: beside a second instance of the same model",
     ]

@@ -99,6 +99,8 @@ def rates(device: torch.device, section: Section) -> None:
     copy = functools.partial(_copy, other, one, device)
     section.measure(copy, PATIENCE, kind="memory", bytes=2 * size)
     del one, other, copy
+    if device.type == "cuda":  # or a library's workspace would hold all of it
+        torch.cuda.empty_cache()
     side = CUDA_SIDE if device.type == "cuda" else CPU_SIDE
     a = torch.randn(side, side, device=device).to(torch.bfloat16)
 

@@ -131,6 +131,8 @@ def slowdown(subject: Subject, section: Section) -> None:
     rig, (name, other) = subject.rig, subject.names
     if _highest(subject, BESIDE_BATCH) < LEVEL_100:
         raise NotResident("it does not fit on the device as a whole")
+    # What the sections before have left on the device would be unmapped while the other loads.
+    rig.fleet.memory.set_budget(rig.fleet.memory.budget_bytes)
     rig.level(name, LEVEL_100)
     numbers = _submit(subject, name, BESIDE_BATCH, BESIDE_PROMPT)
     rig.until(lambda: all(rig.times[number] for number in numbers))

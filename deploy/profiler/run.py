@@ -47,6 +47,7 @@ MORE_S = 5.0  # that must be left for a finer grid to be begun
 
 Job = Callable[[Subject, Section], None]
 SECTIONS: dict[str, Job] = {
+    "memory": computing.memory,
     "decode": computing.decode,
     "prefill": computing.prefill,
     "load": moving.load,
@@ -274,8 +275,6 @@ def _open(subject: Subject, section: Section, model: str, report: Report) -> Non
     if subject.opened:
         return
     begun = time.monotonic()
-    if subject.on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     opened_s = subject.rig.opened_s
     section.values["opened_s"] = opened_s
     report.say(f"{model}: opened in {time.monotonic() - begun:.1f} s")

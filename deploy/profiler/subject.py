@@ -14,7 +14,7 @@ import torch
 
 from mmrl.deploy.checkpoint import Checkpoint
 from mmrl.deploy.clock import COMPUTE
-from mmrl.deploy.hardware import find_device
+from mmrl.deploy.hardware import find_device, used_bytes
 from mmrl.deploy.kv import Table
 from mmrl.deploy.memory import BudgetExceeded, OutOfDeviceMemory
 from mmrl.deploy.profiler.timing import Deadline, Patience
@@ -43,6 +43,8 @@ class Subject:
         deadline: When its time ends; what is worth most is measured all the same.
         progress: Told (model, bytes read, bytes in all) while weights are read.
 
+    Attributes:
+        used_before: Bytes of a GPU that were in use when it was opened.
     """
 
     def __init__(
@@ -59,17 +61,20 @@ class Subject:
         self._device, self._memory, self._host_kv = device, memory, host_kv
         self._progress = progress
         self._rig: Rig | None = None
+        self.used_before = 0
 
     @property
     def rig(self) -> Rig:
         """Return the open fleet: the model, and a second instance of it."""
         if self._rig is None:
+            if self.on_gpu:
+                self.used_before = used_bytes(find_device(self._device))
             self._rig = Rig.of(
                 [self.path, self.path],
                 device=self._device,
                 memory=self._memory,
                 host_kv=self._host_kv,
-                warm_up=(),
+                warm=False,
                 progress=self._progress,
                 checkpoints=[self.checkpoint, self.checkpoint],
             )

@@ -6,6 +6,7 @@ and graphs, and requests arrive open loop: at their instants, whatever the answe
 
 import functools
 import gc
+import hashlib
 import json
 import shutil
 import threading
@@ -18,7 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmrl.agents.export import DESCRIPTION, WEIGHTS, ExportedPolicy, load_policy
+from mmrl.agents.export import (
+    DEFAULT,
+    DEFAULT_FOLDER,
+    DESCRIPTION,
+    WEIGHTS,
+    ExportedPolicy,
+    load_policy,
+)
 from mmrl.agents.provenance import provenance
 from mmrl.deploy.adapter import DeployAdapter
 from mmrl.deploy.clock import RealTime, SimulatedTime
@@ -139,16 +147,17 @@ def measure(
         fleet.engine.close()
         for note in fleet.notes:
             says(note)
-        if fleet.device.type == "cuda":
-            fleet.warm_up()
         # The engine that opened the fleet has taken the dispatch of its policy.
         numbers = replace(numbers_of(fleet.engine.node.state), dispatch=config.node.dispatch)
+        costs = _fingerprint(fleet)
+        if kept.get("costs", costs) != costs:
+            raise InputError(f"{out} holds runs with other profiles", "choose another --out")
         spec = _workload(plan, fleet)
         rate = plan.rate_per_s or kept.get("rate_per_s")
         if rate is None:
             says("looking for load 1 in the simulator")
             rate = sustainable_rate(fleet.engine.node.models, numbers, spec, plan.duration_s)
-        write_json(out / PLAN, kept | {"rate_per_s": rate})
+        write_json(out / PLAN, kept | {"rate_per_s": rate, "costs": costs})
         says(f"load 1: {rate:.3g} requests per second")
         for load in plan.loads:
             arrivals = trace_of(spec, fleet, load * rate, plan.duration_s, plan.seed)
@@ -177,7 +186,7 @@ def open_policy(name: str) -> Rule | ExportedPolicy:
     """
     if name in rule_names():
         return get_rule(name)
-    if not Path(name).exists():
+    if name != DEFAULT and not Path(name).exists():
         raise InputError(
             f"policy '{name}' is neither a rule nor the folder of a trained policy",
             f"rules: {', '.join(rule_names())}",
@@ -409,7 +418,8 @@ def _config(plan: Plan, policies: Sequence[Rule | ExportedPolicy]) -> ServeConfi
     Raises:
         InputError: Two policies have other verbs than each other or the configuration.
     """
-    wanted = {policy.full_verbs for policy in policies if isinstance(policy, ExportedPolicy)}
+    learned = [policy for policy in policies if isinstance(policy, ExportedPolicy)]
+    wanted = {policy.full_verbs for policy in learned if policy.card.verb_set != "both"}
     if plan.config.node.verbs is not None:
         wanted.add(plan.config.node.verbs == "full")
     if len(wanted) > 1:
@@ -430,7 +440,7 @@ def _kept_plan(plan: Plan, config: ServeConfig, out: Path) -> dict[str, Any]:
     """
     workload = None if plan.workload is None else plan.workload.model_dump(mode="json")
     mine = {
-        "config": config.model_dump(mode="json", exclude={"server"}),
+        "config": config.model_dump(mode="json", exclude={"server": True, "node": {"profiles"}}),
         "duration_s": plan.duration_s,
         "drain_s": plan.drain_s,
         "seed": plan.seed,
@@ -452,6 +462,18 @@ def _kept_plan(plan: Plan, config: ServeConfig, out: Path) -> dict[str, Any]:
     return kept
 
 
+def _fingerprint(fleet: Fleet) -> str:
+    """Return a hash of the measured profiles of a fleet, 12 hexadecimal digits.
+
+    Derived ones are never quite the same where they come from a rough measurement at start.
+    """
+    profiles = [
+        model.profile.model_dump_json() if model.profile.kind == "measured" else "derived"
+        for model in fleet.engine.node.models
+    ]
+    return hashlib.sha256("".join(profiles).encode()).hexdigest()[:12]
+
+
 def _workload(plan: Plan, fleet: Fleet) -> WorkloadSpec:
     if plan.workload is not None:
         return plan.workload
@@ -463,7 +485,7 @@ def _describe(name: str, policy: Rule | ExportedPolicy, out: Path) -> dict[str, 
     """Say who decides, so that the simulator can ask the same; a trained policy is copied."""
     if isinstance(policy, Rule):
         return {"name": name, "kind": "rule", "rule": policy.name, "params": policy.model_dump()}
-    source = Path(policy.name)
+    source = DEFAULT_FOLDER if policy.name == DEFAULT else Path(policy.name)
     folder = source if (source / DESCRIPTION).exists() else source / "policy_best"
     for file in (DESCRIPTION, WEIGHTS):
         (out / POLICIES / name).mkdir(parents=True, exist_ok=True)

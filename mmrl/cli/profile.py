@@ -134,6 +134,7 @@ def _print_profile(console: Console, profile: "Profile") -> None:
     )
     table.add_row("KV cache", f"{profile.kv_bytes_per_token:,} bytes per token")
     table.add_row("workspace", f"{profile.workspace_bytes / 1e9:.2f} GB")
+    table.add_row("captured graphs", f"{profile.graphs_bytes / 1e9:.2f} GB")
     for i, point in enumerate(profile.decode):
         table.add_row(
             "" if i else "decode step",

@@ -19,6 +19,7 @@ QUEUE_SLOTS = (
 BLOCK_TOKENS = 16
 SEGMENT_STEPS = BLOCK_TOKENS  # decode steps between two settlings of price and KV blocks
 CHUNK_TOKENS = 2048
+STREAM_CHUNK_TOKENS = 16_384  # of a link-bound prefill: its weights come once for all of them
 NEVER = 2**62  # later than any instant of an episode
 
 # States of a request.

@@ -270,7 +270,8 @@ def _misfit(question: Question, site: Site, reason: str) -> Fit:
     from mmrl.profiles.registry import get_profile
 
     profiles = [get_profile(site.platform, model) for model in question.models]
-    reserve = max(profile.workspace_bytes for profile in profiles) / 1e9
+    workspace = max(profile.workspace_bytes for profile in profiles)
+    reserve = (workspace + sum(profile.graphs_bytes for profile in profiles)) / 1e9
     weights = tuple(profile.weight_bytes / 1e9 for profile in profiles)
     reason = reason.removeprefix("scenario 'plan': ")
     return Fit(weights, reserve, 0.0, site.budget_gb, reason)

@@ -31,6 +31,7 @@ DECODE_GRID = [(batch, context) for batch in (1, 8, 32, 64) for context in (512,
 PREFILL_GRID = (16, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 WORKSPACE_TOKENS = 2048  # one prefill chunk
 WORKSPACE_BATCH = 64
+GRAPHS_LAYER_BYTES = 10 * 2**20  # 20 graphs of some 25 kernels a layer, seen on the H200
 LIBRARY_BYTES = 128 * 2**20  # matrix library workspaces and captured graphs
 
 
@@ -106,6 +107,11 @@ def estimate_workspace_bytes(architecture: Architecture) -> int:
     return activations + logits + LIBRARY_BYTES
 
 
+def estimate_graphs_bytes(architecture: Architecture) -> int:
+    """Estimate device memory of captured graphs: so much for each layer."""
+    return architecture.layers * GRAPHS_LAYER_BYTES
+
+
 def scale_profile(source: Profile, source_platform: Platform, target: Platform) -> Profile:
     """Derive a model's profile on another platform from its profile on a measured one.
 
@@ -126,14 +132,14 @@ def scale_profile(source: Profile, source_platform: Platform, target: Platform) 
         compute = costs.prefill_compute_s(tokens) * flop_ratio
         return max(costs.prefill_s(0), read_s * memory_ratio, compute)
 
-    return _profile(
+    return compose_profile(
         source.model,
         source.architecture,
         target,
         [(point.batch, point.context_tokens) for point in source.decode],
         decode_s,
         prefill_s,
-        source.workspace_bytes,
+        (source.workspace_bytes, source.graphs_bytes),
         Provenance(
             source=f"{source.kind} profile of {source.model} on {source.platform}",
             command="mmrl.profiles.derive.scale_profile",
@@ -155,14 +161,14 @@ def scale_profile(source: Profile, source_platform: Platform, target: Platform) 
 def derive_profile(model: str, architecture: Architecture, platform: Platform) -> Profile:
     """Derive the profile of an unmeasured model from its shape and the platform's limits."""
     by = rule()
-    return _profile(
+    return compose_profile(
         model,
         architecture,
         platform,
         DECODE_GRID,
         lambda batch, context: by.decode_s(architecture, platform.limits, batch, context),
         lambda tokens: by.prefill_s(architecture, platform.limits, tokens),
-        estimate_workspace_bytes(architecture),
+        (estimate_workspace_bytes(architecture), estimate_graphs_bytes(architecture)),
         Provenance(
             source=f"shape of {model} and data sheet of {platform.provenance.gpu}",
             command="mmrl.profiles.derive.derive_profile",
@@ -177,23 +183,24 @@ def derive_profile(model: str, architecture: Architecture, platform: Platform) -
                 f"{by.prefill_layer_s * 1e3:.2f} ms per layer",
                 f"on the profiles it was fitted to, the rule is off by up to {by.decode_error:.0%} "
                 f"(decode) and {by.prefill_error:.0%} (prefill)",
-                "workspace_bytes: an estimate",
+                "workspace_bytes, graphs_bytes: estimates",
                 *platform.provenance.notes,
             ),
         ),
     )
 
 
-def _profile(
+def compose_profile(
     model: str,
     architecture: Architecture,
     platform: Platform,
     decode_grid: list[tuple[int, int]],
     decode_s: Callable[[int, int], float],
     prefill_s: Callable[[int], float],
-    workspace_bytes: int,
+    memory_bytes: tuple[int, int],
     provenance: Provenance,
 ) -> Profile:
+    """Return the profile of a shape: sizes follow from it, transfers are the platform's."""
     layer_bytes = architecture.layer_parameters * architecture.bytes_per_value
     return Profile(
         platform=platform.name,
@@ -204,7 +211,8 @@ def _profile(
         layer_bytes=layer_bytes,
         base_bytes=architecture.base_parameters * architecture.bytes_per_value,
         kv_bytes_per_token=architecture.kv_bytes_per_token,
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=memory_bytes[0],
+        graphs_bytes=memory_bytes[1],
         usable_bytes=platform.usable_bytes,
         limits=platform.limits,
         decode=tuple(

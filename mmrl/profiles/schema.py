@@ -218,6 +218,7 @@ class Profile(Record):
     base_bytes: Count
     kv_bytes_per_token: Count
     workspace_bytes: Count
+    graphs_bytes: int = Field(default=0, ge=0)
     usable_bytes: Count
     limits: Limits
     decode: tuple[DecodePoint, ...] = Field(min_length=2)

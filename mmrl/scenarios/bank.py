@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mmrl.node.state import BLOCK_TOKENS, NODE
 from mmrl.profiles.costs import CostModel
+from mmrl.profiles.interpolate import interpolated_profiles
 from mmrl.profiles.registry import get_platform, get_profile
 from mmrl.profiles.schema import Platform, Profile, Transfer
 
@@ -42,6 +43,7 @@ class CostBank:
         constants: For each of `CONSTANT_FIELDS`, an array[P] in the type of NODE.
         weight_bytes: int64[P].
         workspace_bytes: int64[P].
+        graphs_bytes: int64[P].
         decode_tables: float64[P, 65, 33], seconds.
         prefill_tables: float64[P, 257], seconds.
     """
@@ -52,18 +54,39 @@ class CostBank:
     constants: dict[str, NDArray[Any]]
     weight_bytes: NDArray[np.int64]
     workspace_bytes: NDArray[np.int64]
+    graphs_bytes: NDArray[np.int64]
     decode_tables: NDArray[np.float64]
     prefill_tables: NDArray[np.float64]
 
     @classmethod
-    def read(cls, platforms: tuple[str, ...], models: tuple[str, ...]) -> "CostBank":
+    def read(
+        cls,
+        platforms: tuple[str, ...],
+        models: tuple[str, ...],
+        between: int = 0,
+        neighbours: tuple[str, ...] = (),
+    ) -> "CostBank":
         """Read the profiles of these models on these platforms.
+
+        Args:
+            platforms: Their names or folders.
+            models: Their names.
+            between: How many further sizes to put between each two neighbours in size ...
+            neighbours: ... of these models.
 
         Raises:
             InputError: A platform or model is unknown, or a file is wrong.
         """
-        profiles = tuple(get_profile(p, m) for p in platforms for m in models)
-        return cls.of(profiles, tuple(get_platform(p) for p in platforms), models)
+        places = tuple(get_platform(platform) for platform in platforms)
+        profiles: list[Profile] = []
+        names: tuple[str, ...] = models
+        for name, place in zip(platforms, places, strict=True):
+            known = [get_profile(name, model) for model in models]
+            ends = [known[models.index(model)] for model in neighbours]
+            added = interpolated_profiles(place, ends, between)
+            names = (*models, *(profile.model for profile in added))
+            profiles += [*known, *added]
+        return cls.of(tuple(profiles), places, names)
 
     @classmethod
     def of(
@@ -88,6 +111,7 @@ class CostBank:
             },
             np.array([profile.weight_bytes for profile in profiles], np.int64),
             np.array([profile.workspace_bytes for profile in profiles], np.int64),
+            np.array([profile.graphs_bytes for profile in profiles], np.int64),
             np.stack([cost.decode_table() for cost in costs]),
             np.stack([cost.prefill_table() for cost in costs]),
         )
@@ -104,11 +128,11 @@ class CostBank:
     def reserve_bytes(self, rows: NDArray[np.int64], levels: bool) -> int:
         """Return what a fleet holds for the life of the node.
 
-        The largest workspace and, where the verb set has levels, two streaming slots of the
-        largest kind of layer.
+        The largest workspace, the graphs of all models and, where the verb set has levels, two
+        streaming slots of the largest kind of layer.
         """
         slots = 2 * int(self.constants["layer_bytes"][rows].max()) if levels else 0
-        return int(self.workspace_bytes[rows].max()) + slots
+        return int(self.workspace_bytes[rows].max() + self.graphs_bytes[rows].sum()) + slots
 
     def needed_bytes(self, rows: NDArray[np.int64], levels: bool, tokens: int) -> NDArray[np.int64]:
         """Return the budget below which each model of a fleet can never serve, int64[M].

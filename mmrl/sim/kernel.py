@@ -51,6 +51,7 @@ from mmrl.node.state import (
     QUEUE_LIMIT,
     REFUSED,
     SEGMENT_STEPS,
+    STREAM_CHUNK_TOKENS,
     UNARRIVED,
     CostTable,
     Nodes,
@@ -233,8 +234,7 @@ def start_iteration(
             admit(s, r, m)
         request = r[s.prefilling[m]]
         tokens = request.prompt + request.generated - request.prefilled
-        if not link_bound:
-            tokens = min(CHUNK_TOKENS, tokens)
+        tokens = min(STREAM_CHUNK_TOKENS if link_bound else CHUNK_TOKENS, tokens)
         duration = prefill_chunk_ns(
             prefill_tables[s.profile[m]], s.prefill_scale[m], request.prefilled, tokens
         )

@@ -262,7 +262,7 @@ class ReferenceNode(ReferenceState):
             self._admit(model, request)
         left = request.prefill_tokens - request.prefilled
         resident = model.landed == model.pieces
-        tokens = min(st.CHUNK_TOKENS, left) if resident else left
+        tokens = min(st.CHUNK_TOKENS if resident else st.STREAM_CHUNK_TOKENS, left)
         table = self.prefill_tables[model.profile]
         duration = prefill_chunk_ns(table, model.prefill_scale, request.prefilled, tokens)
         self._start(st.PREFILL_CHUNK, model, [request], tokens, duration)

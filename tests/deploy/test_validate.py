@@ -175,7 +175,7 @@ def test_the_page_needs_nothing_else(recorded: Path) -> None:
 
 
 def test_a_live_node_is_measured_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    config = read_fleet(["llama-tiny", "qwen2.5-tiny"], "cpu", "160MB")
+    config = read_fleet(["llama-tiny", "qwen2.5-tiny"], "cpu", "300MB", str(tmp_path))
     (tmp_path / "lengths.csv").write_text("prompt_tokens,output_tokens\n40,6\n9,12\n70,1\n")
     lengths = LengthSpec(family="empirical", file=tmp_path / "lengths.csv")
     plan = Plan(config, ("slack",), (0.5, 1.0), 1.0, rate_per_s=12.0, drain_s=60.0)

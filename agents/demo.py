@@ -96,7 +96,7 @@ def demo(
     show.say(f"3/4 Evaluating on {', '.join(path.name for path in traces)}")
     traced = _evaluated(out / "evaluation-trace", run, traces, (1.0,), episodes, workers, show)
     show.say("4/4 Writing the report")
-    report = write_report([out / "evaluation", out / "evaluation-trace"], out / "report.html")
+    report = write_report([out / "evaluation", out / "evaluation-trace"], out / "report")
     return Demo(run, unseen, traced, report)
 
 

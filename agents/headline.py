@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 Verdict = Literal["wins", "ties", "loses"]
+CHALLENGERS = ("learned", "live")  # kinds of policies that are held against the rules
 
 
 class Headline(NamedTuple):
@@ -27,15 +28,15 @@ def verdict(interval: Sequence[float]) -> Verdict:
 
 
 def headlines(board: dict[str, Any]) -> list[Headline]:
-    """Return a headline for each learned policy of a board at its main load.
+    """Return a headline for each learned policy and live run of a board at its main load.
 
-    Without a learned policy, the one headline says which rule is best.
+    Without one, the one headline says which rule is best.
 
     Args:
         board: A board of ``summary.json``.
     """
     rows = [row for row in board["rows"] if row["load"] == board["main_load"]]
-    learned = [row for row in rows if row["kind"] == "learned"]
+    learned = [row for row in rows if row["kind"] in CHALLENGERS]
     best = next((row for row in rows if row["is_best_rule"]), None)
     where = f"on {board['name']} at load {board['main_load']:g}"
     if learned and best:
@@ -66,6 +67,8 @@ def _against(row: dict[str, Any], best: dict[str, Any], rules: int, where: str) 
         f"{levels}; difference {points(interval[0])} points, 95 % interval {points(interval[1])} "
         f"to {points(interval[2])}, {row['episodes']} paired episodes."
     )
+    if row["kind"] == "live":
+        detail += f" {name} was measured on a server, the rules were simulated."
     size = f"by {abs(interval[0]) * 100:.1f} points of goodput"
     found = verdict(interval)
     if found == "wins":
@@ -73,6 +76,50 @@ def _against(row: dict[str, Any], best: dict[str, Any], rules: int, where: str) 
     if found == "loses":
         return Headline(f"{name} loses to {title}, {rule}, {size} {where}", detail)
     return Headline(f"{name} and {title}, {rule}, cannot be told apart {where}", detail)
+
+
+def overall(boards: Sequence[dict[str, Any]]) -> list[Headline]:
+    """Return what all boards say together, at all their loads; the first one is the title.
+
+    Args:
+        boards: Boards of ``summary.json``.
+    """
+    if len(boards) == 1 and len(found := headlines(boards[0])) == 1:
+        return found
+    rows = [row for board in boards for row in board["rows"] if row["kind"] in CHALLENGERS]
+    intervals = [row["vs_best_rule"]["goodput"] for row in rows if "vs_best_rule" in row]
+    intervals = [interval for interval in intervals if interval is not None]
+    if not intervals:
+        return [headline for board in boards for headline in headlines(board)]
+    counts = dict.fromkeys(("wins", "ties", "loses"), 0)
+    for interval in intervals:
+        counts[verdict(interval)] += 1
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    who = names[0] if len(names) == 1 else f"{len(names)} learned policies"
+    if any(row["kind"] == "live" for row in rows) and len(names) > 1:
+        who = f"{len(names)} learned policies and live runs"
+    beats, loses = ("beats", "loses") if len(names) == 1 else ("beat", "lose")
+    ahead = sorted(interval[0] for interval in intervals)
+    title = (
+        f"{who} {beats} the best hand-written policy in {counts['wins']} of "
+        f"{len(intervals)} comparisons and {loses} in {counts['loses'] or 'none'}"
+    )
+    if counts["loses"] and not counts["wins"]:
+        title = (
+            f"{who} {loses} to the best hand-written policy in {counts['loses']} of "
+            f"{len(intervals)} comparisons and {beats} it in none"
+        )
+    if not counts["wins"] and not counts["loses"]:
+        title = (
+            f"{who} and the best hand-written policies cannot be told apart "
+            f"in any of {len(intervals)} comparisons"
+        )
+    detail = (
+        f"A comparison is one policy at one place and load; in {counts['ties']} the 95 % interval "
+        f"holds zero. Differences of goodput: {points(ahead[0])} to {points(ahead[-1])} points, "
+        f"median {points(ahead[len(ahead) // 2])}."
+    )
+    return [Headline(title, detail)]
 
 
 def percent(share: float | None) -> str:

@@ -1,60 +1,215 @@
-"""Record one episode as a policy plays it, as small as a report needs it.
+"""Record episodes as policies play them, as small as a report needs them.
 
-From the samples of ``mmrl.envs.timeline``: which models hold device memory, and who waits.
+From the samples of ``mmrl.envs.timeline``: which models hold device memory, and who waits. Of a
+learned policy also, at each decision, its probabilities and what the champion would have done.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mmrl.agents.contenders import Contender
-from mmrl.agents.play import Board, Piece, decider, start
-from mmrl.envs.timeline import Recorder
+from mmrl.agents.contenders import CHAMPION, Contender, champion_for
+from mmrl.agents.play import Board, Decide, Piece, decider, runner_for, start
+from mmrl.envs.timeline import Recorder, Timeline
+from mmrl.node.actions import verb_names
+from mmrl.rollout import suggestions
+from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.seeds import Split
+from mmrl.sim.batch import Simulator
 
+if TYPE_CHECKING:
+    from mmrl.agents.results import Results
+
+RECORDED = 3  # episodes of a board
+LEARNED = 4  # policies of a board that are recorded, beside the best rule and the champion
+LIKELIEST = 5  # actions whose probabilities are kept
+LEAST = 0.005  # and the least probability that is
 OUT, LOADING, PARTIAL, RESIDENT = "out", "loading", "partial", "resident"
 
 
-def record(board: Board, load: float, contender: Contender, split: Split) -> dict[str, Any]:
-    """Play the first episode of a board and return its timeline.
+def record_all(
+    results: "Results",
+    boards: Sequence[Board],
+    contenders: Sequence[Contender],
+    load: float,
+    split: Split,
+    count: int = RECORDED,
+) -> list[dict[str, Any]]:
+    """Record some episodes of each board: learned policies, the best rule and the champion.
+
+    Args:
+        results: What came of the boards.
+        boards: What was played on.
+        contenders: Who played.
+        load: At which load.
+        split: Of the episodes.
+        count: How many episodes of each board: the first; those where the first learned policy
+            gains most over the best rule, and loses most; and the next ones.
+    """
+    by_name = {contender.name: contender for contender in contenders}
+    found = []
+    for board, about in zip(boards, results.summary["boards"], strict=True):
+        rows = [row for row in about["rows"] if row["load"] == load]
+        names = _recorded(rows)
+        for index, why in _episodes(results, about, load, rows, count).items():
+            for name in names:
+                recorded = record(board, load, by_name[name], split, index)
+                found.append(recorded | {"why": why})
+    return found
+
+
+def _recorded(rows: list[dict[str, Any]]) -> list[str]:
+    """Name who is recorded; two at least where there are two."""
+    rows = sorted(rows, key=lambda row: row["goodput"] or 0.0, reverse=True)
+    learned = [row["policy"] for row in rows if row["kind"] == "learned"][:LEARNED]
+    best = [row["policy"] for row in rows if row["is_best_rule"]]
+    champion = [row["policy"] for row in rows if row["policy"] == CHAMPION]
+    chosen = list(dict.fromkeys([*learned, *best, *champion]))
+    others = [row["policy"] for row in rows if row["policy"] not in chosen]
+    return [*chosen, *others[: max(0, 2 - len(chosen))]]
+
+
+def _episodes(
+    results: "Results",
+    about: dict[str, Any],
+    load: float,
+    rows: list[dict[str, Any]],
+    count: int,
+) -> dict[int, str]:
+    """Choose episodes of a board, and say why each was chosen."""
+    table = results.episodes
+    table = table[(table.board == about["name"]) & (table.load == load)]
+    goodput = table.pivot(index="episode", columns="policy", values="goodput")
+    learned = [row["policy"] for row in rows if row["kind"] == "learned"]
+    best = [row["policy"] for row in rows if row["is_best_rule"]]
+    first = int(goodput.index.min())
+    chosen = {first: "the first, not chosen for its outcome"}
+    if learned and best:
+        gains = (goodput[learned[0]] - goodput[best[0]]).dropna().sort_values(kind="stable")
+        if len(gains):
+            ends = {int(gains.index[-1]): "gain", int(gains.index[0]): "loss"}
+            for index, end in ends.items():
+                if index != first and gains[index] * (1 if end == "gain" else -1) > 0:
+                    chosen[index] = f"largest {end} of {learned[0]} over {best[0]}"
+    chosen |= {int(k): "in order" for k in goodput.index if int(k) not in chosen}
+    return dict(list(chosen.items())[:count])
+
+
+def record(
+    board: Board, load: float, contender: Contender, split: Split, index: int = 0
+) -> dict[str, Any]:
+    """Play an episode of a board and return its timeline.
 
     Returns:
         ``models``: names; ``spans``: [model, from_s, to_s, state] for each stretch of time in which
         a model is loading, partly or wholly on the device; ``times_s`` and ``waiting``: queued
-        requests of all models; ``end_s``; and whose it is.
+        requests of all models; ``queues``: for each model [times_s, queued] where that changes;
+        ``decisions``, see `Decisions.columns`; ``end_s``; and whose it is.
     """
-    traces = board.windows[load].traces[:1] if board.trace else ()
-    simulator = start(Piece(board.name, board.scenario, load, split, (0,), contender, traces))
+    traces = board.windows[load].traces[index : index + 1] if board.trace else ()
+    simulator = start(Piece(board.name, board.scenario, load, split, (index,), contender, traces))
     node, requests = simulator.nodes[0], simulator.requests[0]
-    decide = decider(simulator, contender, board.scenario)
+    decisions = Decisions(simulator, contender, board.scenario)
     recorder = Recorder(simulator, ())
     while not node.done:
-        recorder.step(decide(node, requests))
+        recorder.step(decisions.decide(node, requests))
     timeline = recorder.timeline()
-    waiting = timeline.queued.sum(axis=1)
-    changed = np.flatnonzero(np.diff(waiting, prepend=-1, append=-1)[:-1])
+    times_s, waiting = _changes(timeline.time_s, timeline.queued.sum(axis=1))
     return {
         "board": board.name,
         "load": load,
         "policy": contender.name,
-        "episode": f"{split} 0",
+        "episode": f"{split} {index}",
         "models": list(timeline.model_names),
         "end_s": float(timeline.time_s[-1]),
-        "spans": [
-            span
-            for m in range(len(timeline.model_names))
-            for span in spans(
-                m,
-                timeline.time_s,
-                timeline.landed[:, m],
-                timeline.target[:, m],
-                timeline.loaded_s[:, m],
-            )
-        ],
-        "times_s": [*timeline.time_s[changed].round(3).tolist(), float(timeline.time_s[-1])],
-        "waiting": [*waiting[changed].tolist(), int(waiting[-1])],
+        "spans": _all_spans(timeline),
+        "times_s": times_s,
+        "waiting": waiting,
+        "queues": [list(_changes(timeline.time_s, queue)) for queue in timeline.queued.T],
+        "decisions": decisions.columns(),
     }
+
+
+class Decisions:
+    """Decides for one node as a contender does, and notes each decision.
+
+    Args:
+        simulator: Its one node has been reset; it is prepared for the contender here.
+        contender: Who decides.
+        scenario: Name or path of the scenario.
+    """
+
+    def __init__(self, simulator: Simulator, contender: Contender, scenario: str) -> None:
+        self._simulator = simulator
+        self._verbs = verb_names(bool(simulator.sampler.full_verbs))
+        self._time_s: list[float] = []
+        self._actions: list[int] = []
+        self._champion: list[int] = []
+        self._likeliest: list[list[list[float]]] = []
+        if contender.path is None:
+            self._decide: Decide = decider(simulator, contender, scenario)
+            return
+        self._runner = runner_for(simulator, contender)
+        self._rule = self._runner.policy.rule or champion_for(get_scenario(scenario).name)
+        self._decide = self._learned
+
+    def decide(self, node: Any, requests: Any) -> int:
+        """Return what the contender does now."""
+        self._time_s.append(round(float(node.now_ns) * 1e-9, 3))
+        action = self._decide(node, requests)
+        self._actions.append(action)
+        return action
+
+    def columns(self) -> dict[str, Any]:
+        """Return all decisions.
+
+        Returns:
+            ``verbs``: action 0 is to wait, ``1 + m * len(verbs) + v`` is verb v on model m;
+            ``time_s`` and ``action`` of each decision; of a learned policy ``champion``, the action
+            of the rule it builds on (or else of the champion), and ``likeliest``: pairs of action
+            and probability, the likeliest first.
+        """
+        found: dict[str, Any] = {
+            "verbs": list(self._verbs),
+            "time_s": self._time_s,
+            "action": self._actions,
+        }
+        if self._champion:
+            found |= {"champion": self._champion, "likeliest": self._likeliest}
+        return found
+
+    def _learned(self, node: Any, requests: Any) -> int:
+        runner = self._runner
+        action = int(runner.act()[0])  # reads the node
+        chances = runner.policy.probabilities(runner.observations, runner.masks)[0]
+        order = np.argsort(-chances, kind="stable")[:LIKELIEST].tolist()
+        self._likeliest.append(
+            [[k, round(float(chances[k]), 3)] for k in order if chances[k] >= LEAST]
+        )
+        suggested = np.empty(1, np.int64)
+        suggestions(self._simulator, self._rule, suggested)
+        self._champion.append(int(suggested[0]))
+        return action
+
+
+def _changes(
+    time_s: npt.NDArray[np.float64], values: npt.NDArray[np.int64]
+) -> tuple[list[float], list[int]]:
+    """Return when a value changes and to what, and the last one once more at the end."""
+    changed = np.flatnonzero(np.diff(values, prepend=-1, append=-1)[:-1])
+    times_s = [*time_s[changed].round(3).tolist(), round(float(time_s[-1]), 3)]
+    return times_s, [*values[changed].tolist(), int(values[-1])]
+
+
+def _all_spans(timeline: Timeline) -> list[list[Any]]:
+    columns = (timeline.landed, timeline.target, timeline.loaded_s)
+    return [
+        span
+        for m in range(len(timeline.model_names))
+        for span in spans(m, timeline.time_s, *(column[:, m] for column in columns))
+    ]
 
 
 def spans(

@@ -1,254 +1,151 @@
-"""`write_report`: one HTML page about evaluations and the runs behind them, readable offline.
+"""`write_report`: the dashboard of evaluations and training runs, one folder that opens offline.
 
-Everything the page says is worked out from results folders (``mmrl.agents.results``) and from the
-logs of run folders; the template in ``templates/`` only lays it out.
+``index.html`` holds the verdict and the table of all results; everything big (what one place is
+about, a run's curves, an episode) is a script of its own in ``data/``, which the page loads when it
+is wanted. Scripts, because a page that is opened from disk may not read other files.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrl.agents import figures
-from mmrl.agents.contenders import CHAMPION, is_run
-from mmrl.agents.headline import headlines, points, verdict
-from mmrl.agents.results import Results, is_results
+from mmrl.agents.headline import Headline, overall
+from mmrl.agents.report_data import Material, Report, curves, gather
+from mmrl.agents.report_suite import suite_headline
+from mmrl.agents.results import Results
 from mmrl.errors import InputError
 from mmrl.files import atomic_write
 from mmrl.pages import render_page
 
-TEMPLATES = Path(__file__).parent / "templates"
-
-
-CURVES = (  # title, scalar of metrics.csv, the same of the prior rule, factor
-    ("Goodput on development episodes, %", "eval/goodput", "eval/champion_goodput", 100),
-    ("Normalised latency there", "eval/norm_latency", "eval/champion_norm_latency", 1),
-    ("TTFT p99 there, s", "eval/ttft_p99_s", "eval/champion_ttft_p99_s", 1),
-    ("Longest wait there, s", "eval/longest_wait_s", "eval/champion_longest_wait_s", 1),
-    ("Loads per second there", "eval/loads_per_s", "eval/champion_loads_per_s", 1),
-    ("Goodput of training episodes, %", "serving/goodput", "", 100),
-    ("Decisions as the rule suggests, %", "decisions/as_suggested", "", 100),
-    ("Entropy of decisions", "train/entropy_loss", "", -1),
-    ("Explained variance of the critic", "train/explained_variance", "", 1),
-)
-
-
-@dataclass
-class Material:
-    """What a report is made from.
-
-    Attributes:
-        results: Evaluations, by the folder they were read from.
-        runs: Run folders whose training curves are shown.
-    """
-
-    results: dict[Path, Results] = field(default_factory=dict)
-    runs: list[Path] = field(default_factory=list)
+TEMPLATE = Path(__file__).parent / "templates" / "report.html"
+SCRIPTS = ("report.js", "figures.js", "episode.js")
+PAGE, PLOTLY = "index.html", "plotly.min.js"
+# Plotly's lines and bars alone (npm: plotly.js-basic-dist-min): all of Plotly takes a browser four
+# times as long to begin with.
+BUNDLE = "plotly-basic.min.js"
+GENERATOR = '<meta name="generator" content="mmrl report">'
+DATA_NAME = re.compile(r"(place|run|episode)-[0-9a-f]{12}\.js")
+ALSO = 3  # sentences below the headline
 
 
 def write_report(sources: Sequence[Path], out: Path) -> Path:
-    """Write the report about results folders and run folders, and return its path.
+    """Write the report about results and runs, and return its page.
 
     Args:
-        sources: Results folders; run folders, whose evaluations are found in them.
-        out: The page to write.
+        sources: What `gather` takes.
+        out: The folder; a report that is there already is replaced.
 
     Raises:
-        InputError: A source is neither, or cannot be read.
+        InputError: A source is nothing, cannot be read, or the folder holds something else.
         MmrlError: The disk is full.
     """
-    page = render(gather(sources))
-    with atomic_write(out) as file:
-        file.write(page)
-    return out
+    check_place(out)
+    return write_files(render(gather(sources)), out)
 
 
-def gather(sources: Sequence[Path]) -> Material:
-    """Read results, and find the runs that their policies come from.
+def check_place(out: Path) -> None:
+    """Refuse a folder that holds something else than a report.
 
     Raises:
-        InputError: A source is neither results nor a run, or cannot be read.
+        InputError: It does, or it is a file.
     """
-    material = Material()
-    for source in sources:
-        if not source.exists():
-            raise InputError(f"there is no {source}", "name a run or a results folder")
-        if is_results(source):
-            material.results.setdefault(source, Results.read(source))
-        elif is_run(source):
-            material.runs.append(source)
-            for folder in sorted(source.glob("*/")):
-                if is_results(folder):
-                    material.results.setdefault(folder, Results.read(folder))
-        else:
-            raise InputError(
-                f"{source} is neither a run nor results", "name what mmrl train or evaluate wrote"
-            )
-    for results in material.results.values():
-        for policy in results.summary["policies"]:
-            run = Path(policy["run"]) if policy["run"] else None
-            if run is not None and run.exists() and not any(run.samefile(r) for r in material.runs):
-                material.runs.append(run)
-    return material
+    if out.suffix == ".html" or (out.exists() and not out.is_dir()):
+        raise InputError(f"a report is a folder, {out} is a file", "for example --out report")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    page = out / PAGE
+    if not page.is_file() or GENERATOR not in page.read_text("utf-8", "replace")[:1000]:
+        raise InputError(f"{out} is there and holds no report", "choose another --out")
 
 
-def render(material: Material) -> str:
-    """Return the page."""
-    filters: dict[str, Callable[..., Any]] = {
-        "share": lambda value: "–" if value is None else f"{value * 100:.1f}",
-        "points": points,
-        "number": _number,
-        "cell": lambda value, reach: max(-48.0, min(48.0, value / reach * 48)),
-        "p_value": _p_value,
-        "heat": lambda value: f"{max(0.0, min(1.0, (1 - value) * 2)):.3f}",
-    }
-    every = list(material.results.values())
-    policies = _policies(every)
-    colours = figures.policy_colours(policies)
-    boards = [(results, board) for results in every for board in results.summary["boards"]]
-    shown = _shown(policies, [board for _, board in boards])
-    lead, more = _lead([board for _, board in boards], material.runs)
-    curves = {run.name: _curves(run) for run in material.runs}
-    curves = {run: found for run, found in curves.items() if found}
-    return render_page(
-        TEMPLATES / "report.html",
-        filters,
+def write_files(files: dict[str, str], out: Path) -> Path:
+    """Write a report's files: the page last, so that it never misses what it names.
+
+    Args:
+        files: What `render` returned.
+        out: The folder.
+    """
+    for name, text in files.items():
+        path = out / name
+        size = len(text.encode())
+        if name == PAGE or not path.is_file() or path.stat().st_size != size:
+            with atomic_write(path) as file:
+                file.write(text)
+    for path in (out / "data").glob("*.js"):
+        if DATA_NAME.fullmatch(path.name) and f"data/{path.name}" not in files:
+            path.unlink(missing_ok=True)
+    return out / PAGE
+
+
+def render(material: Material) -> dict[str, str]:
+    """Return the files of a report by their names, the page last."""
+    from markupsafe import Markup
+
+    report = Report(material)
+    folder = TEMPLATE.parent
+    files = {PLOTLY: (folder / BUNDLE).read_text("utf-8")}
+    index = report.index()
+    for about, place in zip(index["places"], report.places, strict=True):
+        about["file"] = _add(files, "place", report.detail(place))
+    for about, run in zip(index["runs"], material.runs, strict=True):
+        found = curves(run)
+        about["file"] = _add(files, "run", found) if found else None
+    index["episodes"] = [
+        about | {"file": _add(files, "episode", recorded)} for about, recorded in report.episodes()
+    ]
+    lead, more = _lead(report)
+    files[PAGE] = render_page(
+        TEMPLATE,
         title=f"mmrl: {lead}",
-        date=_dates(every),
+        generator=Markup(GENERATOR),
+        plotly_file=PLOTLY,
+        date=_dates(list(material.results.values())),
         lead=lead,
         more=more,
-        legend=[
-            {"name": name, "colour": colours[name], "shown": name in shown} for name in colours
-        ],
-        boards=[_board(results, board, colours, shown) for results, board in boards],
-        training=figures.training_curves(curves),
-        training_about=", ".join(curves),
+        index=Markup(_json(index)),
+        index_about=index,
+        scripts=Markup("".join((folder / name).read_text("utf-8") for name in SCRIPTS)),
         missing=_missing(material),
         sources=_sources(material),
     )
+    return files
 
 
-def _lead(boards: list[dict[str, Any]], runs: list[Path]) -> tuple[str, list[str]]:
+def _add(files: dict[str, str], kind: str, data: dict[str, Any]) -> str:
+    """Add a data file, named after its content, and return its name."""
+    text = _json(data)
+    name = f"data/{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.js"
+    files[name] = f'mmrlData("{name}", {text});\n'
+    return name
+
+
+def _json(data: Any) -> str:
+    """Write data so that it may stand in a script element."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c")
+
+
+def _lead(report: Report) -> tuple[str, list[str]]:
     """Return the headline and the sentences below it."""
-    found = [headline for board in boards for headline in headlines(board)]
+    found = overall(report.boards) if report.boards else []
+    found = [Headline(*said) for suite in report.suites if (said := suite_headline(suite))] + found
     if not found:
-        return f"Training of {', '.join(run.name for run in runs)}", []
-    return found[0].title, [found[0].detail, *(f"{h.title}. {h.detail}" for h in found[1:])]
-
-
-def _policies(every: list[Results]) -> list[dict[str, Any]]:
-    """Return all policies, the learned ones first, each once."""
-    rank = {"learned": 0, "step0": 1, "rule": 2, "bound": 3}
-    found = {policy["name"]: policy for results in every for policy in results.summary["policies"]}
-    return sorted(found.values(), key=lambda policy: rank[policy["kind"]])
-
-
-def _shown(policies: list[dict[str, Any]], boards: list[dict[str, Any]]) -> list[str]:
-    """Choose what figures show at first: what was learned, the best rules and the champion."""
-    wanted = {policy["name"] for policy in policies if policy["kind"] != "rule"} | {CHAMPION}
-    wanted |= {row["policy"] for board in boards for row in board["rows"] if row["is_best_rule"]}
-    names = [policy["name"] for policy in policies]
-    chosen = [name for name in names if name in wanted]
-    return names if len(names) <= 4 else chosen
-
-
-def _board(
-    results: Results, board: dict[str, Any], colours: dict[str, str], shown: list[str]
-) -> dict[str, Any]:
-    main = [row for row in board["rows"] if row["load"] == board["main_load"]]
-    rows = sorted((_row(row, colours) for row in main), key=lambda row: -(row["goodput"] or 0.0))
-    best = next((row["policy"] for row in rows if row["is_best_rule"]), None)
-    overview = [figures.profiles(results.episodes, board, colours, shown)]
-    if len(board["loads"]) > 1:
-        overview.insert(0, figures.load_curves(board, colours, shown))
-    recorded = [entry for entry in results.timelines if entry["board"] == board["name"]]
-    most = max((max(entry["waiting"]) for entry in recorded), default=0)
-    split = results.summary["provenance"]["split"]
-    source = f"windows of {board['trace']}" if board["trace"] else f"unseen {split} episodes"
-    return {
-        "name": board["name"],
-        "about": f"{board['episodes']} {source}, load {board['main_load']:g}, "
-        f"{sum(model['requests'] for model in board['models']) // max(1, len(rows)):,} requests.",
-        "notes": board["notes"],
-        "best": best,
-        "reach": _reach([row["difference"] for row in rows if row["difference"]]),
-        "rows": rows,
-        "overview": overview,
-        "cdfs": figures.latency_cdfs(results.latencies, board, colours, shown),
-        "timelines": [
-            figures.timeline(entry, colours, most, max(other["end_s"] for other in recorded))
-            for entry in recorded
-        ],
-        "episode": recorded[0]["episode"] if recorded else "",
-        "work": [figures.decision_mix(board), figures.moved_bytes(board)],
-        "models": _models(board, [row["policy"] for row in rows]),
-    }
-
-
-def _row(row: dict[str, Any], colours: dict[str, str]) -> dict[str, Any]:
-    versus = row.get("vs_best_rule", {})
-    difference = versus.get("goodput")
-    return row | {
-        "colour": colours[row["policy"]],
-        "difference": difference,
-        "verdict": verdict(difference) if difference else "",
-        "improvement": versus.get("improvement", [None])[0],
-        "p": versus.get("p_holm"),
-    }
-
-
-def _reach(differences: list[list[float]]) -> float:
-    """Return what the edge of the picture of an interval stands for.
-
-    Rules that lose by far would flatten the others: the middle of all decides.
-    """
-    ends = sorted(max(abs(low), abs(high)) for _, low, high in differences)
-    return max(1.5 * ends[len(ends) // 2], 0.005) if ends else 0.01
-
-
-def _models(board: dict[str, Any], policies: list[str]) -> list[dict[str, Any]]:
-    cells = {(entry["model"], entry["policy"]): entry for entry in board["models"]}
-    names = dict.fromkeys(entry["model"] for entry in board["models"])
-    return [
-        {
-            "name": name,
-            "requests": max(
-                cells[name, policy]["requests"] for policy in policies if (name, policy) in cells
-            ),
-            "cells": [cells.get((name, policy), {}).get("goodput") for policy in policies],
-        }
-        for name in names
-    ]
-
-
-def _curves(run: Path) -> dict[str, list[figures.Curve]]:
-    """Return the training curves of a run, by title; none where it has not logged anything yet."""
-    from mmrl.agents.runs import METRICS, read_metrics
-
-    if not (run / METRICS).is_file():
-        return {}
-    table = read_metrics(run)
-    found: dict[str, list[figures.Curve]] = {}
-    for title, *scalars, factor in CURVES:
-        for scalar, dashed in zip(scalars, (False, True), strict=True):
-            if scalar in table:
-                logged = table[["step", scalar]].dropna()
-                curve = figures.Curve(
-                    logged["step"].tolist(), (factor * logged[scalar]).tolist(), dashed
-                )
-                found.setdefault(title, []).append(curve)
-    return found
+        names = [run.name for run in report.material.runs]
+        several = f"{len(names)} runs, not evaluated yet"
+        return f"Training of {names[0] if len(names) == 1 else several}", []
+    others = [f"{headline.title}. {headline.detail}" for headline in found[1:ALSO]]
+    return found[0].title, [found[0].detail, *others]
 
 
 def _missing(material: Material) -> list[str]:
     """Say what a reader may look for and does not find."""
-    lines = []
-    if not material.results:
-        lines.append(
-            "These runs have not been evaluated: mmrl evaluate --policies slack,"
-            + ",".join(map(str, material.runs))
-        )
-    return lines
+    if material.results:
+        return []
+    runs = ",".join(map(str, material.runs))
+    return [f"These runs have not been evaluated: mmrl evaluate --policies slack,{runs}"]
 
 
 def _sources(material: Material) -> list[dict[str, Any]]:
@@ -287,13 +184,3 @@ def _pairs(values: dict[str, str]) -> str:
 def _dates(every: list[Results]) -> str:
     days = sorted({results.summary["provenance"]["time"][:10] for results in every})
     return " to ".join(dict.fromkeys((days[0], days[-1]))) if days else ""
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def _p_value(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return "<.001" if value < 0.001 else f"{value:.3f}".lstrip("0")

@@ -212,8 +212,7 @@ def make_results(
         InputError: No request is left to measure.
     """
     workload = run.workload
-    # To the report, whatever serves is the policy in question, which rules are compared with.
-    live = Contender(name, "learned")
+    live = Contender(name, "live")
     contenders = [live, *(part.piece.contender for part in beside)]
     if len({contender.name for contender in contenders}) < len(contenders):
         raise InputError(f"a simulated policy is named '{name}' too", "choose another --name")

@@ -113,13 +113,6 @@ def improvements(ours: npt.ArrayLike, theirs: npt.ArrayLike) -> Floats:
     return (np.sign(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)) + 1) / 2
 
 
-def performance_profile(values: npt.ArrayLike, thresholds: npt.ArrayLike) -> Floats:
-    """Return the share of values above each threshold, float64[len(thresholds)]."""
-    ranked = np.sort(np.asarray(values, np.float64))
-    above = len(ranked) - np.searchsorted(ranked, np.asarray(thresholds, np.float64), "right")
-    return np.asarray(above / len(ranked))
-
-
 def sign_flip_p(differences: npt.ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> float:
     """Return the two-sided p-value of a mean of paired differences by random sign flips."""
     values = np.asarray(differences, np.float64)

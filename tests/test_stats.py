@@ -10,7 +10,6 @@ from mmrl.stats import (
     bootstrap,
     holm,
     iqm,
-    performance_profile,
     probability_of_improvement,
     sign_flip_p,
 )
@@ -77,15 +76,6 @@ def test_improvement_one_way_is_the_loss_of_the_other(ours, theirs):
     n = min(len(ours), len(theirs))
     one = probability_of_improvement(ours[:n], theirs[:n])
     assert one + probability_of_improvement(theirs[:n], ours[:n]) == pytest.approx(1)
-
-
-def test_performance_profile_counts_what_is_above():
-    assert performance_profile([0.5, 0.7, 0.7, 0.9], [0.4, 0.5, 0.7, 0.9]).tolist() == [
-        1.0,
-        0.75,
-        0.25,
-        0.0,
-    ]
 
 
 def test_sign_flip_of_all_positive_differences():

@@ -1,17 +1,33 @@
-"""`mmrl report`: one HTML page about evaluations and runs, which opens offline."""
+"""`mmrl report`: a folder with one page about evaluations and runs, which opens offline."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 
 def command(
-    sources: Annotated[list[Path], typer.Argument(help="Run folders and results folders.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders, results folders or their summaries; folders of these."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("report"),
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve it here, and refresh it while runs train.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="For --serve; 0 takes any.")] = 8300,
 ) -> None:
-    """Write one HTML report about runs."""
+    """Write a report about runs: what wins where, at what cost, and episode by episode."""
     from mmrl.agents.report import write_report
+    from mmrl.agents.report_server import ReportServer
 
-    write_report(sources, out)
-    typer.echo(f"wrote {out}")
+    console = Console(stderr=True, highlight=False)
+    with console.status("reading results"):
+        page = write_report(sources, out)
+    typer.echo(f"wrote {page}")
+    if not serve:
+        return
+    with ReportServer(sources, out, port, console.print) as server:
+        console.print(f"serving {server.url}, refreshed when the files change; Ctrl-C ends it")
+        server.wait()

@@ -53,7 +53,7 @@ def training(monkeypatch, tmp_path_factory):
 def test_a_demo_and_the_same_again(tmp_path, show, said, training):
     asked, _ = training
     made = demo(tmp_path / "demo", 1, [], show, episodes=2, workers=1)
-    assert made.report.is_file() and made.report.name == "report.html"
+    assert made.report.is_file() and made.report.name == "index.html"
     boards = [r.summary["boards"][0] for r in (made.unseen, made.traced)]
     assert [board["name"] for board in boards] == ["tiny", "tiny, demo_trace.csv"]
     assert asked == [60]
@@ -70,7 +70,7 @@ def test_ctrl_c_in_training_keeps_it_and_the_next_call_goes_on(tmp_path, show, s
     with pytest.raises(KeyboardInterrupt):
         demo(tmp_path / "demo", 1, [], show, episodes=2, workers=1)
     assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == {"trained_s": 15}
-    assert not (tmp_path / "demo" / "report.html").exists()
+    assert not (tmp_path / "demo" / "report").exists()
     demo(tmp_path / "demo", 1, [], show, episodes=2, workers=1)
     assert asked == [60, 45]
     assert any("going on after 15 s" in line for line in said)

@@ -1,14 +1,17 @@
-"""A report is one page that needs no network, and its headline is true whoever wins."""
+"""A report is a folder that needs no network, and its headline is true whoever wins."""
 
 import errno
+import json
 import re
+import shutil
 
 import pytest
-from plotly.offline import get_plotlyjs
 
 from mmrl.agents.evaluate import evaluate
-from mmrl.agents.headline import headlines, points, verdict
-from mmrl.agents.report import gather, render, write_report
+from mmrl.agents.headline import headlines, overall, points, verdict
+from mmrl.agents.report import PAGE, PLOTLY, render, write_files, write_report
+from mmrl.agents.report_data import POINTS, Report, curves, gather
+from mmrl.agents.results import Results
 from mmrl.errors import InputError, MmrlError
 from tests.agents.made_up import make_run, make_scenario
 
@@ -18,72 +21,176 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     run = make_run(folder / "mine")
     results = evaluate(
-        ["slack", "lru", str(run)], [make_scenario(folder)], episodes=2, loads=(0.5, 1.0)
+        ["slack", "lru", str(run)], [make_scenario(folder)], episodes=3, loads=(0.5, 1.0)
     )
     results.write(run / "evaluation")
     return run
 
 
 @pytest.fixture(scope="module")
-def page(run):
-    return render(gather([run])).replace(get_plotlyjs(), "PLOTLY")
+def files(run):
+    return render(gather([run]))
 
 
-def test_nothing_is_loaded_from_elsewhere(page):
-    assert page.count("PLOTLY") == 1
-    assert not re.search(r"https?://|//cdn|@import|src=", page)
+@pytest.fixture(scope="module")
+def index(files):
+    return json.loads(re.search(r'id="index">(.*?)</script>', files[PAGE]).group(1))
 
 
-def test_every_section_is_there(page):
-    for part in (
-        "Goodput against load",
-        "Performance profile",
-        "Time to first token",
-        "Time per output token",
-        "Normalised latency",
-        "One episode, 2 policies",
-        "Decisions",
-        "Bytes over the link",
-        "Goodput of each model",
-        "Training",
-        "Goodput on development episodes",
-        "Provenance",
-    ):
-        assert part in page, part
-    assert page.count('<div class="plot"') == page.count('type="application/json"') >= 10
+def content(text):
+    """Return name and data of a data file."""
+    name, data = re.fullmatch(r'mmrlData\("([^"]+)", (.*)\);\n', text, re.DOTALL).groups()
+    return name, json.loads(data)
 
 
-def test_the_table_has_all_policies_and_the_best_rule_once(page):
-    table = page.partition('<table class="policies">')[2].partition("</table>")[0]
-    for policy in ("mine", "mine step 0", "slack", "lru"):
-        assert f"</i>{policy}</th>" in table
-    assert table.count(">best rule<") == 1
+def test_nothing_is_loaded_from_elsewhere(files):
+    assert re.findall(r'src="([^"]*)"', files[PAGE]) == [PLOTLY]
+    ours = "".join(text for name, text in files.items() if name != PLOTLY)
+    assert not re.search(r"//cdn|@import", ours)
+    assert set(re.findall(r"https?://[^\s\"'`]*", ours)) == {"http://www.w3.org/2000/svg"}
+    assert list(files)[-1] == PAGE  # written last
 
 
-def test_a_colour_belongs_to_a_policy_everywhere(page):
-    legend = dict(re.findall(r'data-policy="([^"]+)".*?background:(#\w+)', page, re.DOTALL))
-    cells = re.findall(r'background:(#\w+)"></i>([^<]+)</th>', page)
-    table = {name: colour for colour, name in cells}
-    assert legend == table and len(set(legend.values())) == 4
+def test_every_data_file_is_named_by_the_index(files, index):
+    named = [e["file"] for e in (*index["places"], *index["runs"], *index["episodes"])]
+    assert sorted(named) == sorted(name for name in files if name.startswith("data/"))
+    assert len(index["places"]) == len(index["runs"]) == 1
+    for name in named:
+        assert content(files[name])[0] == name
 
 
-def test_names_are_escaped(run):
+def test_a_cell_for_each_policy_and_load_with_the_figures_of_the_results(run, index):
+    cells, names = index["cells"], [policy["name"] for policy in index["policies"]]
+    assert names == ["mine", "mine step 0", "slack", "lru"]
+    assert sorted(zip(cells["load"], cells["policy"], strict=True)) == [
+        (load, k) for load in (0.5, 1.0) for k in range(4)
+    ]
+    rows = Results.read(run / "evaluation").summary["boards"][0]["rows"]
+    for row in rows:
+        k = list(zip(cells["load"], cells["policy"], strict=True)).index(
+            (row["load"], names.index(row["policy"]))
+        )
+        assert cells["goodput"][k] == pytest.approx(row["goodput"], rel=1e-3)
+        assert cells["best"][k] == row["is_best_rule"]
+        assert (cells["versus"][k] is None) == row["is_best_rule"]
+
+
+def test_a_colour_belongs_to_one_policy(index):
+    looks = [(policy["colour"], policy["dash"]) for policy in index["policies"]]
+    assert len(set(looks)) == 4
+    assert index["runs"][0]["colour"] == index["policies"][0]["colour"]  # of what it trained
+
+
+def test_recorded_decisions_are_those_of_the_policy(files, index):
+    by_policy = {
+        entry["policy"]: entry for entry in index["episodes"] if entry["episode"] == "test 0"
+    }
+    learned = content(files[by_policy[0]["file"]])[1]
+    decisions = learned["decisions"]
+    assert len(decisions["time_s"]) > 10
+    for action, likeliest in zip(decisions["action"], decisions["likeliest"], strict=True):
+        chances = [chance for _, chance in likeliest]
+        assert likeliest[0][0] == action  # it takes the likeliest
+        assert chances == sorted(chances, reverse=True) and 0 < sum(chances) <= 1.005
+    assert len(decisions["champion"]) == len(decisions["action"])
+    assert any(a != b for a, b in zip(decisions["champion"], decisions["action"], strict=True))
+    rule = next(content(files[e["file"]])[1] for k, e in by_policy.items() if k >= 2)
+    assert "likeliest" not in rule["decisions"] and rule["decisions"]["action"]
+    assert [sum(counts) > 0 for _, counts in learned["queues"]].count(True) >= 1
+
+
+def test_the_suggested_action_is_what_the_policy_of_step_0_does(run):
+    """Its weights are zero: it does what the rule that it builds on would do."""
+    from mmrl.agents.contenders import resolve
+    from mmrl.agents.play import make_boards
+    from mmrl.agents.recording import record
+
+    scenario = str(run.parent / "tiny.toml")
+    (step0,) = resolve([f"{run}@step0"], ["tiny"])
+    (board,) = make_boards([scenario], [1.0], 1)
+    decisions = record(board, 1.0, step0, "test")["decisions"]
+    assert decisions["champion"] == decisions["action"]
+
+
+def test_episodes_are_chosen_for_gain_and_loss_and_say_so(run):
+    results = Results.read(run / "evaluation")
+    table = results.episodes[results.episodes.load == 1.0]
+    goodput = table.pivot(index="episode", columns="policy", values="goodput")
+    best = next(
+        row["policy"]
+        for row in results.summary["boards"][0]["rows"]
+        if row["is_best_rule"] and row["load"] == 1.0
+    )
+    gains = goodput["mine"] - goodput[best]
+    for entry in results.timelines:
+        episode = int(entry["episode"].split()[1])
+        if entry["why"].startswith("largest loss"):
+            assert gains[episode] == gains.min() < 0
+        if entry["why"].startswith("largest gain"):
+            assert gains[episode] == gains.max() > 0
+    assert {entry["episode"] for entry in results.timelines} == {"test 0", "test 1", "test 2"}
+
+
+def test_text_of_sources_is_escaped(run):
     material = gather([run])
     for results in material.results.values():
         results.summary["boards"][0]["notes"] = ["<script>alert(1)</script>"]
-        results.summary["provenance"]["command"] = "<script>alert(1)</script>"
-    assert "<script>alert(1)" not in render(material)
+        results.summary["provenance"]["command"] = "</script><script>alert(1)</script>"
+    assert "<script>alert(1)" not in render(material)[PAGE]
 
 
-def test_results_lead_to_the_run_and_a_run_to_its_results(run):
+def test_results_lead_to_the_run_and_a_run_to_its_results(run, tmp_path):
     by_run, by_results = gather([run]), gather([run / "evaluation"])
     assert list(by_run.results) == list(by_results.results) == [run / "evaluation"]
     assert by_run.runs == by_results.runs == [run]
+    assert gather([run.parent]).runs == [run]  # a folder of runs
+
+
+def test_evaluations_of_the_same_arrivals_are_one_place(run, tmp_path):
+    shutil.copytree(run / "evaluation", tmp_path / "again")
+    report = Report(gather([run, tmp_path / "again"]))
+    assert [place.name for place in report.places] == ["tiny"]
+    assert len(report.index()["cells"]["load"]) == 8
+    other = json.loads((tmp_path / "again" / "summary.json").read_text())
+    other["provenance"]["scenarios"]["tiny"] = "changed"
+    (tmp_path / "again" / "summary.json").write_text(json.dumps(other))
+    names = [place.name for place in Report(gather([run, tmp_path / "again"])).places]
+    assert names == ["tiny (evaluation)", "tiny (again)"]
+
+
+def test_a_summary_alone_is_a_source(run, tmp_path):
+    shutil.copy(run / "evaluation" / "summary.json", tmp_path / "kept.json")
+    found = render(gather([tmp_path / "kept.json"]))
+    assert sum(name.startswith("data/place-") for name in found) == 1
+    assert not any(name.startswith("data/episode-") for name in found)
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends(tmp_path):
+    run = make_run(tmp_path / "long")
+    lines = [f"{step},{step / 1e4}" for step in range(1000)]
+    (run / "metrics.csv").write_text("\n".join(["step,serving/goodput", *lines]))
+    steps, values = curves(run)["Goodput, training episodes"]
+    assert len(steps) == POINTS and (steps[0], steps[-1]) == (0, 999)
+    assert values[-1] == pytest.approx(9.99)
 
 
 def test_a_run_without_evaluation_says_how_to_get_one(tmp_path):
-    page = render(gather([make_run(tmp_path / "young")]))
+    page = render(gather([make_run(tmp_path / "young")]))[PAGE]
     assert "Training of young" in page and "have not been evaluated: mmrl evaluate" in page
+
+
+def test_a_folder_is_replaced_whole_and_another_is_left_alone(run, files, tmp_path):
+    page = write_report([run], tmp_path / "report")
+    stale = page.parent / "data" / "place-0123456789ab.js"
+    stale.write_text("old")
+    write_files(files, page.parent)
+    assert not stale.exists() and page.is_file()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds no report"):
+        write_report([run], tmp_path / "notes")
+    with pytest.raises(InputError, match="a report is a folder"):
+        write_report([run], tmp_path / "report.html")
 
 
 def test_a_page_that_cannot_be_written_is_not_there(run, tmp_path, monkeypatch):
@@ -92,8 +199,8 @@ def test_a_page_that_cannot_be_written_is_not_there(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", fsync)
     with pytest.raises(MmrlError, match="disk full"):
-        write_report([run], tmp_path / "report.html")
-    assert list(tmp_path.iterdir()) == []
+        write_report([run], tmp_path / "report")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_sources_that_are_nothing(tmp_path):
@@ -101,6 +208,9 @@ def test_sources_that_are_nothing(tmp_path):
         gather([tmp_path / "nothing"])
     with pytest.raises(InputError, match="neither a run nor results"):
         gather([tmp_path])
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(InputError, match="not the summary of results"):
+        gather([tmp_path / "x.json"])
 
 
 # ---------------------------------------------------------------------- the headline
@@ -154,3 +264,24 @@ def test_nothing_learned_and_nothing_to_compare():
 
 def test_points_have_a_true_sign():
     assert [points(x) for x in (0.0123, -0.0123, 0.0001, -0.0001)] == ["+1.2", "−1.2", "0.0", "0.0"]
+
+
+def test_several_boards_are_counted():
+    many = [board([0.02, 0.01, 0.03]), board([-0.05, -0.08, -0.02]), board([0.01, -0.01, 0.04])]
+    (found,) = overall(many)
+    assert found.title == (
+        "ppo beats the best hand-written policy in 1 of 3 comparisons and loses in 1"
+    )
+    assert "in 1 the 95 % interval holds zero" in found.detail
+    assert "−5.0 to +2.0 points, median +1.0" in found.detail
+    assert overall([many[1], many[2]])[0].title == (
+        "ppo loses to the best hand-written policy in 1 of 2 comparisons and beats it in none"
+    )
+    assert "cannot be told apart in any of 2" in overall([many[2], many[2]])[0].title
+    assert overall(many[:1]) == headlines(many[0])
+
+
+def test_a_live_run_is_said_to_be_measured():
+    live = board([0.02, 0.01, 0.03])
+    live["rows"][-1]["kind"] = "live"
+    assert "ppo was measured on a server, the rules were simulated" in headlines(live)[0].detail

@@ -578,7 +578,7 @@ def test_a_shorter_answer_is_judged_by_what_came() -> None:
 def test_without_the_latency_alone_there_is_no_normalised_latency() -> None:
     run = hand_made()
     run.workload.requests["isolated_ns"] = 0
-    played = measured(run, Contender("live", "learned"))
+    played = measured(run, Contender("live", "live"))
     assert np.isnan(played.episodes[0]["norm_latency"])
     assert len(played.latencies["norm_latency"]) == 0 and len(played.latencies["ttft_s"]) == 7
     assert all(np.isnan(model["norm_latency"]) for model in played.models)
@@ -769,16 +769,16 @@ def test_the_report_shows_a_live_run_beside_simulated_ones(scenario: str, tmp_pa
     assert live["goodput"] == 1.0 and live["requests"] == len(run.streams)
     assert live["vs_best_rule"]["policy"] in ("slack", "lru")
     assert "the arrivals of episode dev 0" in board["notes"]
-    page = render(gather([tmp_path / "live"]))
-    for policy in ("live", "slack", "lru"):
-        assert f"</i>{policy}</th>" in page
+    page = render(gather([tmp_path / "live"]))["index.html"]
+    for policy, kind in {"live": "live", "slack": "rule", "lru": "rule"}.items():
+        assert f'{{"name":"{policy}","kind":"{kind}"' in page
     assert "http://somewhere:8000" not in board["notes"]
 
 
 def test_a_live_run_stands_in_a_report_alone(scenario: str, tmp_path: Path) -> None:
     run = live_episode(scenario)
     write(make_results(run), request_table(run), tmp_path / "live")
-    page = render(gather([tmp_path / "live"]))
+    page = render(gather([tmp_path / "live"]))["index.html"]
     assert "live alone on tiny, live at load 1" in page
 
 
@@ -786,8 +786,9 @@ def test_a_trace_alone_makes_a_report_without_normalised_latency(tmp_path: Path)
     run = hand_made()
     run.workload.requests["isolated_ns"] = 0
     write(make_results(run), request_table(run), tmp_path / "live")
-    page = render(gather([tmp_path / "live"]))
-    assert "Time to first token" in page and "<figcaption>Normalised latency" not in page
+    files = render(gather([tmp_path / "live"]))
+    (place,) = (text for name, text in files.items() if name.startswith("data/place-"))
+    assert '"ttft_s"' in place and '"norm_latency"' not in place
 
 
 def test_names_and_empty_runs_are_refused(scenario: str) -> None:

@@ -87,6 +87,10 @@ class Samples(NamedTuple):
         """Return some of them."""
         return Samples(*(array[rows] for array in self))
 
+    def to(self, device: th.device) -> "Samples":
+        """Return them on a device."""
+        return Samples(*(array.to(device) for array in self))
+
 
 class EventTimeRolloutBuffer(MaskableRolloutBuffer):
     """A rollout of ``buffer_size`` decisions of each of ``n_envs`` nodes.
@@ -98,13 +102,21 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         *args: Of `MaskableRolloutBuffer`.
         discount_s: Time constant of the discount.
         trace_s: Time constant of the trace decay (lambda).
+        elapsed_time: Discount each step by its own time; else all by their mean.
         **kwargs: Of `MaskableRolloutBuffer`; ``gamma`` and ``gae_lambda`` are not used.
     """
 
     dt_s: Floats
 
-    def __init__(self, *args: Any, discount_s: float, trace_s: float, **kwargs: Any) -> None:
-        self.discount_s, self.trace_s = discount_s, trace_s
+    def __init__(
+        self,
+        *args: Any,
+        discount_s: float,
+        trace_s: float,
+        elapsed_time: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.discount_s, self.trace_s, self.elapsed_time = discount_s, trace_s, elapsed_time
         super().__init__(*args, **kwargs)
 
     def reset(self) -> None:
@@ -124,6 +136,8 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
 
     def store(
         self,
+        step: int,
+        rows: slice,
         observations: Floats,
         action_masks: npt.NDArray[np.bool_],
         actions: npt.NDArray[np.int64],
@@ -132,16 +146,17 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         dt_s: npt.NDArray[np.floating[Any]],
         ends: npt.NDArray[np.bool_],
     ) -> None:
-        """Add one step of all nodes: what was seen, legal, done and rewarded, arrays over N."""
-        self.observations[self.pos] = observations
-        self.action_masks[self.pos] = action_masks
-        self.actions[self.pos] = actions
-        self.log_probs[self.pos] = log_probs
-        self.rewards[self.pos] = rewards
-        self.dt_s[self.pos] = dt_s
-        self.ends[self.pos] = ends
-        self.pos += 1
-        self.full = self.pos == self.buffer_size
+        """Write one step of some nodes: what was seen, legal, done and rewarded, arrays over N.
+
+        Threads may write other rows meanwhile.
+        """
+        self.observations[step, rows] = observations
+        self.action_masks[step, rows] = action_masks
+        self.actions[step, rows] = actions
+        self.log_probs[step, rows] = log_probs
+        self.rewards[step, rows] = rewards
+        self.dt_s[step, rows] = dt_s
+        self.ends[step, rows] = ends
 
     def finish(self, values: Floats, last_values: Floats, bootstrap: Floats) -> None:
         """Compute advantages and returns of the rollout.
@@ -155,16 +170,18 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         self.values[:] = values
         following = np.concatenate((values[1:], last_values[None]))
         next_values = np.where(self.ends, bootstrap, following).astype(np.float32)
+        dt_s = self.dt_s if self.elapsed_time else np.full_like(self.dt_s, self.dt_s.mean())
         self.advantages[:] = event_time_advantages(
             self.rewards,
             values,
             next_values,
             self.ends,
-            self.dt_s,
+            dt_s,
             self.discount_s,
             self.trace_s,
         )
         self.returns[:] = self.advantages + values
+        self.full = True
 
     def flat(self, name: str) -> th.Tensor:
         """Return an array of the rollout as a tensor [T * N, ...] that shares its memory."""

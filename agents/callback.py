@@ -6,7 +6,8 @@ from which the run can continue.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from mmrl.agents.ppo import EventTimePPO
 from mmrl.agents.provenance import git_commit, versions
 from mmrl.agents.runner import play
 from mmrl.agents.state import snapshot, write_state
+from mmrl.envs.batch import shared_sampler
 from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES
 from mmrl.rollout import Episode, EpisodeResult, rollout
 from mmrl.rules import Rule
@@ -38,6 +40,8 @@ EPISODE_SCALARS = (
     "loads_per_s",
     "preemptions_per_s",
 )
+SURE = 1.96  # standard errors by which the gain must exceed zero to count as a win
+PIECE = 50  # episodes that a thread plays at a time
 EVAL_SCALARS = (
     "goodput",
     "goodput_worst_model",
@@ -61,7 +65,7 @@ class RunCallback(BaseCallback):
 
     Args:
         config: Of the run.
-        scenarios: On which it trains.
+        scenarios: On which it is evaluated.
         rule: Its prior, or None; then the comparison is with nothing.
         folder: Of the run.
         progress: Told how it goes.
@@ -79,9 +83,11 @@ class RunCallback(BaseCallback):
     ) -> None:
         super().__init__()
         self._config, self._rule, self._folder, self._progress = config, rule, folder, progress
-        self._names = tuple(scenario.name for scenario in scenarios)
+        self._scenarios = tuple(scenarios)
         self._episodes: list[Episode] = [("dev", i) for i in range(config.eval_episodes)]
         self._samplers: list[EpisodeSampler] = []
+        self._verbs = {scenario.verbs for scenario in scenarios}
+        self._groups: list[str] = []  # platform and verb set of each episode that is evaluated
         self._champion: dict[str, float] = {}
         self._champion_goodput: np.ndarray[Any, Any] | None = None
         self._best = -np.inf
@@ -90,8 +96,7 @@ class RunCallback(BaseCallback):
         self._began_s = time.monotonic()
         self._elapsed_before_s = 0.0
         self._eval_s = 0.0
-        self._terms = np.zeros(2)
-        self._sim_s = 0.0
+        self._beat: dict[str, float] = {}
 
     def stop(self) -> None:
         """Stop after the present iteration."""
@@ -102,6 +107,7 @@ class RunCallback(BaseCallback):
         self._best = float(state["best"])
         self._next_eval = int(state["next_eval"])
         self._elapsed_before_s = float(state["elapsed_s"])
+        self._beat = dict(state["beat"])
 
     def _elapsed_s(self) -> float:
         return self._elapsed_before_s + time.monotonic() - self._began_s
@@ -112,8 +118,7 @@ class RunCallback(BaseCallback):
         nodes = self.training_env
         assert isinstance(nodes, TrainingNodes)
         self._nodes = nodes
-        parts = {part.batch.scenario.name: part for part in nodes.parts}
-        self._samplers = [parts[name].batch.simulator.sampler for name in self._names]  # type: ignore[misc]
+        self._samplers = [shared_sampler(s.model_dump_json()) for s in self._scenarios]
         if self._config.time_s is not None:
             limit = self._config.time_s
             self.model.time_left = lambda: 1 - self._elapsed_s() / limit
@@ -123,15 +128,15 @@ class RunCallback(BaseCallback):
     def _on_rollout_start(self) -> None:
         """Between two iterations: evaluate and write when it is time to."""
         time_left = self.model.time_left
-        if time_left is not None and time_left() <= 0:
-            self._stop = True
-        if self._stop or self.num_timesteps >= self._next_eval:
-            self._save()
+        over = time_left is not None and time_left() <= 0
+        if self._stop or over or self.num_timesteps >= self._next_eval:
+            self._save(over)
+            if over:
+                self.logger.dump(self.num_timesteps)
+        self.model.stopped = self._stop = self._stop or over
 
     def _on_step(self) -> bool:
-        self._terms += self._nodes.last_reward_terms.sum(axis=0)
-        self._sim_s += self._nodes.last_dt_s.sum()
-        return not self._stop
+        return True
 
     def _on_rollout_end(self) -> None:
         record = self.logger.record
@@ -140,12 +145,11 @@ class RunCallback(BaseCallback):
             record(f"serving/{name}", float(np.mean([e[name] for e in episodes])))
         self._record_decisions()
         decisions = self.model.n_steps * self.model.n_envs
-        miss, latency = (-self._terms / decisions).tolist()
+        miss, latency = (-self.model.reward_terms / decisions).tolist()
         record("reward/miss_per_decision", miss)
         record("reward/latency_per_decision", latency)
         record("reward/latency_share", latency / max(1e-12, miss + latency))
-        record("time/simulated_s_per_decision", self._sim_s / decisions)
-        self._terms[:], self._sim_s = 0.0, 0.0
+        record("time/simulated_s_per_decision", float(self.model.rollout_buffer.dt_s.mean()))
         seconds = self.model.seconds | {"eval": self._eval_s}
         for name, spent in seconds.items():
             record(f"time/{name}_share", spent / max(1e-9, sum(seconds.values())))
@@ -155,7 +159,7 @@ class RunCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         if not self._stop:
-            self._save()
+            self._save(over=True)
             self.logger.dump(self.num_timesteps)
 
     # ------------------------------------------------------------------ what is written
@@ -177,17 +181,18 @@ class RunCallback(BaseCallback):
         """Return the policy as it is now."""
         config = self._config
         weights: dict[str, Floats] = {
-            name: tensor.detach().numpy().copy()
+            name: tensor.detach().cpu().numpy().copy()
             for name, tensor in self.model.policy.actor.state_dict().items()
         }
         card = PolicyCard(
             global_features=GLOBAL_FEATURES,
             model_features=MODEL_FEATURES,
-            verb_set="full" if self._nodes.layout.full_verbs else "core",
+            verb_set="both" if config.all_verbs or len(self._verbs) > 1 else min(self._verbs),
             verbs=self._nodes.layout.verbs,
+            without=config.without,
             width=config.width,
             prior=config.prior_rule,
-            scenarios=self._names,
+            scenarios=tuple(scenario.name for scenario in self._scenarios),
             seed=config.seed,
             steps=self.num_timesteps,
             versions=versions(),
@@ -195,13 +200,16 @@ class RunCallback(BaseCallback):
         )
         return ExportedPolicy(card, weights)
 
-    def _save(self) -> None:
-        """Evaluate if it is time to, write the policy, and the state to continue from."""
+    def _save(self, over: bool) -> None:
+        """Evaluate if it is time to, write the policy, and the state to continue from.
+
+        Args:
+            over: Whether training ends here, and not because somebody stops it.
+        """
         policy = self.export()
         step = self.num_timesteps
         write = {runs.LAST}
-        due = step >= self._next_eval or step >= self._config.steps
-        if due and not self._stop:
+        if (over or step >= self._next_eval) and not self._stop:
             if step == 0:
                 write.add(runs.STEP0)
             write.add(f"{runs.CHECKPOINTS}/step_{step:09d}")
@@ -215,34 +223,64 @@ class RunCallback(BaseCallback):
             save_policy(self._folder / name, policy.card, policy.weights)
         state = snapshot(self.model, self._nodes)
         state |= {"best": self._best, "next_eval": self._next_eval, "elapsed_s": self._elapsed_s()}
-        write_state(self._folder, state)
+        write_state(self._folder, state | {"beat": self._beat})
 
     def _evaluate(self, policy: ExportedPolicy) -> float:
         """Log how a policy does on the development episodes; return its score."""
         began_s = time.perf_counter()
-        results = [r for sampler in self._samplers for r in play(policy, sampler, self._episodes)]
+        results = self._play_all(lambda sampler, episodes: play(policy, sampler, episodes))
         means = _means(results)
         for name, value in means.items():
             self.logger.record(f"eval/{name}", value)
         for name, value in self._champion.items():
             self.logger.record(f"eval/champion_{name}", value)
         if self._champion_goodput is not None:
-            difference = _goodput(results) - self._champion_goodput
-            self.logger.record("eval/goodput_gain", float(difference.mean()))
-            error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else 0
-            self.logger.record("eval/goodput_gain_error", float(error))
+            self._compare(_goodput(results) - self._champion_goodput)
         score = means["goodput"] - LATENCY_WEIGHT * means["norm_latency"]
         self.logger.record("eval/score", score)
         self.logger.record("eval/step", self.num_timesteps)  # the row is written one later
         self._eval_s += time.perf_counter() - began_s
         return score
 
+    def _compare(self, difference: np.ndarray[Any, Any]) -> None:
+        """Log the gain over the prior rule, in all and by platform, and when it was first sure."""
+        gain, error = _mean_and_error(difference)
+        self.logger.record("eval/goodput_gain", gain)
+        self.logger.record("eval/goodput_gain_error", error)
+        groups = np.array(self._groups)
+        for group in sorted(set(self._groups)) if len(set(self._groups)) > 1 else ():
+            self.logger.record(f"gain/{group}", _mean_and_error(difference[groups == group])[0])
+        if not self._beat and gain > SURE * error:
+            self._beat = {"s": self._elapsed_s(), "steps": float(self.num_timesteps)}
+        for name, value in self._beat.items():
+            self.logger.record(f"eval/beat_{name}", value)
+
+    def _play_all(
+        self, play_piece: Callable[[EpisodeSampler, list[Episode]], list[EpisodeResult]]
+    ) -> list[EpisodeResult]:
+        """Return the results of all development episodes, which threads play piece by piece."""
+        pieces = [
+            (sampler, self._episodes[first : first + PIECE])
+            for sampler in self._samplers
+            for first in range(0, len(self._episodes), PIECE)
+        ]
+        with ThreadPoolExecutor(self._config.threads) as pool:
+            return [r for found in pool.map(lambda p: play_piece(*p), pieces) for r in found]
+
     def _evaluate_champion(self, rule: Rule) -> None:
         began_s = time.perf_counter()
-        results = [r for sampler in self._samplers for r in rollout(rule, sampler, self._episodes)]
+        results = self._play_all(lambda sampler, episodes: rollout(rule, sampler, episodes))
         self._champion_goodput = _goodput(results)
         self._champion = _means(results)
+        verbs = [scenario.verbs for scenario in self._scenarios for _ in self._episodes]
+        self._groups = [f"{r.info.platform}_{v}" for r, v in zip(results, verbs, strict=True)]
         self._eval_s += time.perf_counter() - began_s
+
+
+def _mean_and_error(values: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Return a mean and its standard error."""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return float(values.mean()), float(error)
 
 
 def _goodput(results: Sequence[EpisodeResult]) -> np.ndarray[Any, Any]:

@@ -9,7 +9,7 @@ an export gives it a name.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mmrl.bounds import PLANNERS, Planner
 from mmrl.errors import InputError, nearest
@@ -21,8 +21,9 @@ CHAMPION = "slack"
 TUNED = "@tuned"
 STEP0 = "@step0"
 BEST_FOLDER, STEP0_FOLDER = "policy_best", "policy_step0"  # as in mmrl.agents.runs, without torch
-Kind = Literal["rule", "learned", "step0", "bound"]
+Kind = Literal["rule", "learned", "live", "step0", "bound"]
 CLAIRVOYANT = "clairvoyant"
+SHIPPED = "default"  # the policy inside the package, by name
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ class Contender:
 
     Attributes:
         name: Its label in tables and figures, unique within an evaluation.
-        kind: ``rule``, ``learned``, ``step0`` for what a learned policy started from, or ``bound``
-            for one that knows the future.
+        kind: ``rule``, ``learned``, ``live`` for what a server did, ``step0`` for what a learned
+            policy started from, or ``bound`` for one that knows the future.
         rule: Name of the rule.
         planner: Name of the planner.
         path: Folder of the exported policy.
         run: Run folder that the policy comes from.
+        params: Parameters of a rule, or of a planner's base rule, in place of all others.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Contender:
     planner: str = ""
     path: Path | None = None
     run: Path | None = None
+    params: tuple[tuple[str, Any], ...] | None = None
 
     @property
     def tuned(self) -> bool:
@@ -57,17 +60,26 @@ class Contender:
 
     def rule_for(self, scenario: str) -> Rule:
         """Return the rule with its parameters for a scenario."""
+        if self.params is not None:
+            return get_rule(self.rule, **dict(self.params))
         return get_rule(self.rule, tuned_for=scenario if self.tuned else None)
 
     def planner_for(self, scenario: str) -> Planner:
         """Return the planner on the champion, tuned for a scenario where it was."""
-        champion = get_rule(CHAMPION, tuned_for=scenario if is_tuned(CHAMPION, scenario) else None)
-        return replace(PLANNERS[self.planner], base=champion)
+        base = champion_for(scenario)
+        if self.params is not None:
+            base = get_rule(CHAMPION, **dict(self.params))
+        return replace(PLANNERS[self.planner], base=base)
 
 
 def is_tuned(rule: str, scenario: str) -> bool:
     """Whether tuning found parameters of a rule for this very scenario."""
     return rule in tuned_params().get(scenario, {})
+
+
+def champion_for(scenario: str) -> Rule:
+    """Return the champion, tuned for a scenario where it was."""
+    return get_rule(CHAMPION, tuned_for=scenario if is_tuned(CHAMPION, scenario) else None)
 
 
 def _differs(scenario: str) -> bool:
@@ -119,6 +131,8 @@ def _named(name: str) -> list[Contender]:
         return [Contender(name, "bound" if name == CLAIRVOYANT else "rule", planner=name)]
     label, _, place = name.rpartition("=")
     path = Path(place.removesuffix(STEP0))
+    if place == SHIPPED:
+        return _learned(Path(SHIPPED), label or SHIPPED)
     if not place or not path.exists():
         raise _unknown(name, place)
     learned = _learned(path, label or path.resolve().name)
@@ -150,7 +164,7 @@ def is_run(folder: Path) -> bool:
 
 def _unknown(name: str, place: str) -> InputError:
     folders = [str(folder) for folder in Path("runs").glob("*/")] if Path("runs").is_dir() else []
-    known = [*rule_names(), *PLANNERS]
+    known = [*rule_names(), *PLANNERS, SHIPPED]
     near = nearest(place, [*known, *folders])
     return InputError(
         f"unknown policy '{name}'",

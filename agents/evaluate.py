@@ -7,10 +7,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmrl.agents.contenders import Contender, resolve
-from mmrl.agents.play import Board, check_verbs, decision_time_us, make_boards, pieces, play_all
+from mmrl.agents.contenders import resolve
+from mmrl.agents.play import check_verbs, decision_time_us, make_boards, pieces, play_all
 from mmrl.agents.provenance import provenance
-from mmrl.agents.recording import record
+from mmrl.agents.recording import RECORDED, record_all
 from mmrl.agents.results import Results, collect
 from mmrl.errors import InputError
 from mmrl.scenarios.registry import get_scenario
@@ -30,6 +30,7 @@ def evaluate(
     split: Split = "test",
     workers: int = 1,
     seed: int = 0,
+    record: int = RECORDED,
     watch: Watch | None = None,
 ) -> Results:
     """Let policies play the same episodes and compare them.
@@ -43,6 +44,7 @@ def evaluate(
         split: Whose random streams.
         workers: How many processes.
         seed: Of the bootstrap; the episodes are fixed by split and index.
+        record: How many episodes of each board are kept as timelines, see `record_all`.
         watch: Told of progress.
 
     Raises:
@@ -86,27 +88,6 @@ def evaluate(
         traces=[str(path) for path in traces],
     )
     results = collect(boards, contenders, played, decision_us, [], about, seed)
-    watch("recording a timeline", 0, 0)
-    results.timelines = _timelines(results, boards, contenders, main, split)
+    watch("recording timelines", 0, 0)
+    results.timelines = record_all(results, boards, contenders, main, split, record)
     return results
-
-
-def _timelines(
-    results: Results,
-    boards: Sequence[Board],
-    contenders: Sequence[Contender],
-    main: float,
-    split: Split,
-) -> list[dict[str, object]]:
-    """Record the first episode of each board: the best rule, and the learned policy or a rule."""
-    by_name = {contender.name: contender for contender in contenders}
-    found = []
-    for board, about in zip(boards, results.summary["boards"], strict=True):
-        rows = [row for row in about["rows"] if row["load"] == main]
-        rows.sort(key=lambda row: row["goodput"] or 0.0, reverse=True)
-        best = [row["policy"] for row in rows if row["is_best_rule"]]
-        learned = [row["policy"] for row in rows if row["kind"] == "learned"]
-        others = [row["policy"] for row in rows if row["policy"] not in best]
-        for name in [*(learned[:1] or (others[:1] if best else [])), *best]:
-            found.append(record(board, main, by_name[name], split))
-    return found

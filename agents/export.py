@@ -1,5 +1,8 @@
 """`ExportedPolicy`: a trained policy as two files, read and run with NumPy alone.
 
+A policy that was trained with both verb sets decides under either: its outputs are all nine verbs,
+and under the core verbs those of the other five are left out.
+
 ``policy.safetensors`` holds the weights of the actor, ``policy.json`` what they mean: names of the
 features and verbs, the prior rule with its parameters, where the policy comes from. Nothing is
 unpickled, and neither torch nor Stable-Baselines3 is imported. The decisions are those of
@@ -16,13 +19,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mmrl.envs.layout import Layout
 from mmrl.errors import InputError
 from mmrl.files import atomic_write, write_json
-from mmrl.node.actions import verb_names
+from mmrl.node.actions import CORE_VERBS, verb_names
 from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES, N_GLOBAL, N_MODEL
 from mmrl.rules import Rule, get_rule
 
 FORMAT = 1
+DEFAULT = "default"  # the policy that is shipped
+DEFAULT_FOLDER = Path(__file__).parent / "data" / DEFAULT
 WEIGHTS, DESCRIPTION = "policy.safetensors", "policy.json"
 PRESENT = MODEL_FEATURES.index("weights")  # more than 0 for a model, 0 in padding
+FULL = GLOBAL_FEATURES.index("full_verbs")
+IMPOSSIBLE = -1e8  # logit of a verb that a policy may not use
+VerbSet = Literal["core", "full", "both"]
 Floats = npt.NDArray[np.float32]
 
 
@@ -51,8 +59,9 @@ class PolicyCard(BaseModel):
         format: Version of this file.
         global_features: Names of the node's features that it reads, in order.
         model_features: Names of the features of each model.
-        verb_set: ``core`` or ``full``.
+        verb_set: ``core``, ``full``, or ``both`` for a policy that was trained with either.
         verbs: Names of the verbs, in the order of its outputs.
+        without: Those among them that it may not use.
         width: Of its hidden layers.
         prior: The rule whose suggestion it reads; None without a prior.
         scenarios: Trained on these.
@@ -67,8 +76,9 @@ class PolicyCard(BaseModel):
     format: int = FORMAT
     global_features: tuple[str, ...]
     model_features: tuple[str, ...]
-    verb_set: Literal["core", "full"]
+    verb_set: VerbSet
     verbs: tuple[str, ...]
+    without: tuple[str, ...] = ()
     width: int
     prior: PriorRule | None
     scenarios: tuple[str, ...] = ()
@@ -113,35 +123,53 @@ class ExportedPolicy:
         card: What the weights mean.
         rule: The prior rule, whose suggestion follows each observation; None without a prior.
         name: Name of the folder it was read from, for tables.
+        full_verbs: Whether it was trained with the full verbs.
     """
 
     def __init__(self, card: PolicyCard, weights: dict[str, Floats], name: str = "policy") -> None:
         self.card, self.weights, self.name = card, weights, name
         self.rule: Rule | None = card.prior.rule() if card.prior else None
-        self.full_verbs = card.verb_set == "full"
+        self.full_verbs = card.verb_set != "core"
+        self._banned = np.array([verb in card.without for verb in card.verbs])
 
-    def layout(self, observation_size: int) -> Layout:
+    def plays(self, full_verbs: bool) -> bool:
+        """Whether it was trained with a verb set."""
+        return self.card.verb_set in ("both", "full" if full_verbs else "core")
+
+    def layout(self, observation_size: int, full_verbs: bool | None = None) -> Layout:
         """Return the layout of observations of a length; the number of models follows from it.
+
+        Args:
+            observation_size: Their length.
+            full_verbs: Of which verb set; the policy's, or the full one where it has both.
 
         Raises:
             ValueError: No number of models gives that length.
         """
+        if full_verbs is None:
+            full_verbs = self.full_verbs
         prior = self.rule is not None
-        per_model = N_MODEL + prior * len(self.card.verbs)
+        per_model = N_MODEL + prior * len(verb_names(full_verbs))
         models, rest = divmod(observation_size - N_GLOBAL - prior, per_model)
         if rest or models < 1:
             raise ValueError(f"an observation cannot have {observation_size} numbers")
-        return Layout(models, self.full_verbs, prior)
+        return Layout(models, full_verbs, prior)
 
     def logits(self, observations: Floats) -> Floats:
         """Return the logits of all actions, float32[..., A], not masked.
 
         Args:
-            observations: float32[..., D]; the rule's suggestion included, one-hot over the
-                actions, where the policy has a prior.
+            observations: float32[..., D], all of one verb set; the rule's suggestion included,
+                one-hot over the actions, where the policy has a prior.
         """
-        layout = self.layout(observations.shape[-1])
-        obs = np.asarray(observations, np.float32).reshape(-1, layout.observation_size)
+        size = observations.shape[-1]
+        obs = np.asarray(observations, np.float32).reshape(-1, size)
+        full_verbs = self.full_verbs and (self.card.verb_set == "full" or bool(obs[0, FULL] > 0))
+        layout = self.layout(size, full_verbs)
+        # Of a policy with all verbs, those of the verb set.
+        own: Any = slice(None)
+        if self.full_verbs and not full_verbs:
+            own = list(CORE_VERBS)
         node, models = obs[:, :N_GLOBAL], obs[:, N_GLOBAL : layout.public_size]
         models = models.reshape(len(obs), layout.max_models, N_MODEL)
         present = (models[:, :, PRESENT : PRESENT + 1] > 0).astype(np.float32)
@@ -150,7 +178,7 @@ class ExportedPolicy:
         suggestion = obs[:, layout.public_size :]
         if layout.suggestion:
             verbs = suggestion[:, 1:].reshape(len(obs), layout.max_models, len(layout.verbs))
-            hidden += self._linear("encoder.extra", verbs)
+            hidden += verbs @ self.weights["encoder.extra.weight"][:, own].T
         embedding = _relu(self._linear("encoder.second", _relu(hidden))) * present
         mean = embedding.sum(1) / np.maximum(1.0, present.sum(1))
         pooled = np.concatenate((mean, embedding.max(1), node), axis=1)
@@ -159,7 +187,10 @@ class ExportedPolicy:
         hidden += self._linear("head_context", context)[:, None]
         logits = np.empty((len(obs), layout.num_actions), np.float32)
         logits[:, :1] = self._linear("wait", context)
-        logits[:, 1:] = self._linear("verbs", _relu(hidden)).reshape(len(obs), -1)
+        by_verb = _relu(hidden) @ self.weights["verbs.weight"][own].T
+        by_verb += self.weights["verbs.bias"][own]
+        by_verb[:, :, self._banned[own]] = IMPOSSIBLE
+        logits[:, 1:] = by_verb.reshape(len(obs), -1)
         if layout.suggestion:
             logits += self.weights["beta"] * suggestion
         return logits.reshape(*observations.shape[:-1], -1)
@@ -210,13 +241,21 @@ def load_policy(path: str | Path) -> ExportedPolicy:
     """Read a policy.
 
     Args:
-        path: Its folder, or the folder of a run, whose best policy is taken.
+        path: Its folder, the folder of a run, whose best policy is taken, or ``default`` for the
+            one that is shipped.
 
     Raises:
         InputError: There is no policy, its files are damaged or hold NaN, or it was made for
             other features, verbs or another version of the format.
     """
     folder = Path(path)
+    if str(path) == DEFAULT:
+        folder = DEFAULT_FOLDER
+        if not (folder / DESCRIPTION).is_file():
+            raise InputError(
+                "no default policy is shipped with this version",
+                "train one (mmrl train universal --verbs both) and name its folder",
+            )
     if not (folder / DESCRIPTION).is_file() and (folder / "policy_best").is_dir():
         folder = folder / "policy_best"
     card = _read_card(folder / DESCRIPTION)
@@ -248,7 +287,7 @@ def _read_card(path: Path) -> PolicyCard:
     expected = {
         "global_features": GLOBAL_FEATURES,
         "model_features": MODEL_FEATURES,
-        "verbs": verb_names(card.verb_set == "full"),
+        "verbs": verb_names(card.verb_set != "core"),
     }
     for field, names in expected.items():
         _check_names(path, field, getattr(card, field), names)

@@ -1,45 +1,150 @@
 """`TrainingNodes`: the environments of a training run as one VecEnv.
 
-Nodes of several scenarios side by side, padded to the largest fleet among them. Each part is a
-`MultiModelServingVecEnv`, and parts can be stepped on several threads: their compiled code holds
-no lock, and no part depends on another, so that results do not depend on the number of threads.
-The whole state can be taken and set, for training that continues exactly where it stopped.
+Nodes of several scenarios side by side, padded to the largest fleet among them and, where some have
+the full verbs, to those: one network then learns both verb sets, the mask tells them apart. Each
+part is a `MultiModelServingVecEnv` of its own, and parts can be played on several threads: their
+compiled code holds no lock, and no part depends on another, so that results do not depend on the
+number of threads. The whole state can be taken and set, for training that continues exactly where
+it stopped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.vec_env import VecEnv
 
 from mmrl.agents.export import Floats
+from mmrl.envs.batch import ServingBatch
+from mmrl.envs.layout import Layout
 from mmrl.envs.sb3 import MultiModelServingVecEnv
-from mmrl.errors import InputError
+from mmrl.errors import InputError, unknown
+from mmrl.node.actions import CORE_VERBS, FULL_VERBS, VERBS
 from mmrl.rules import Rule
 from mmrl.scenarios.schema import Scenario
 
 T = TypeVar("T")
 Indices = Any
+Masks = npt.NDArray[np.bool_]
 SMALLEST_PART = 16  # nodes; below that, threads cost more than they bring
+LARGEST_PART = 64  # nodes: enough to pay for a call, and enough parts for many threads
+
+
+class Played(NamedTuple):
+    """What a step of N nodes led to."""
+
+    observations: Floats
+    rewards: npt.NDArray[np.float32]
+    dones: npt.NDArray[np.bool_]
+    infos: list[dict[str, Any]]
+
+
+class Part:
+    """Some nodes of one scenario, seen and driven through the layout of all parts.
+
+    Args:
+        env: The nodes.
+        layout: Of all parts: as many models, the verb set as large or larger.
+        rows: Their places among all nodes.
+        without: Verbs that nobody may use.
+    """
+
+    def __init__(
+        self, env: MultiModelServingVecEnv, layout: Layout, rows: slice, without: Sequence[str]
+    ) -> None:
+        self.env, self.layout, self.rows = env, layout, rows
+        self._places: npt.NDArray[np.int64] | None = None  # of the own actions among all
+        if layout.full_verbs and not env.layout.full_verbs:
+            models = len(FULL_VERBS) * np.arange(layout.max_models)[:, None]
+            self._places = np.concatenate(([0], (1 + models + np.array(CORE_VERBS)).ravel()))
+            self._own = np.zeros(layout.num_actions, np.int64)
+            self._own[self._places] = np.arange(len(self._places))
+        banned = [verb in without for verb in layout.verbs]
+        self._banned = np.array([False, *banned * layout.max_models]) if any(banned) else None
+
+    @property
+    def batch(self) -> ServingBatch:
+        """The simulated nodes."""
+        return self.env.batch
+
+    @property
+    def num_envs(self) -> int:
+        """How many nodes."""
+        return self.env.num_envs
+
+    @property
+    def last_dt_s(self) -> npt.NDArray[np.float64]:
+        """Simulated seconds of the last step, float64[N]."""
+        return self.env.last_dt_s
+
+    @property
+    def last_reward_terms(self) -> npt.NDArray[np.float64]:
+        """Misses and latency of the last step, float64[N, 2]."""
+        return self.env.last_reward_terms
+
+    def reset(self) -> Floats:
+        """Draw an episode for each node."""
+        return self._seen(np.asarray(self.env.reset()))
+
+    def observe(self) -> Floats:
+        """Return the observations as they are now."""
+        return self._seen(np.asarray(self.batch.observe()))
+
+    def action_masks(self) -> Masks:
+        """Return which actions are legal now, bool[N, A]."""
+        masks = self.env.action_masks()
+        if self._places is not None:
+            own, masks = masks, np.zeros((len(masks), self.layout.num_actions), np.bool_)
+            masks[:, self._places] = own
+        if self._banned is not None:
+            masks[:, self._banned] = False
+        return masks
+
+    def step(self, actions: npt.NDArray[np.int64]) -> Played:
+        """Do an action on each node."""
+        if self._places is not None:
+            actions = self._own[actions]
+        observations, rewards, dones, infos = self.env.step(actions)
+        if self._places is not None:
+            for i in np.flatnonzero(dones):
+                last = infos[i]["terminal_observation"]
+                infos[i]["terminal_observation"] = self._seen(last[None])[0]
+        return Played(
+            self._seen(np.asarray(observations)), np.asarray(rewards), np.asarray(dones), infos
+        )
+
+    def _seen(self, own: Floats) -> Floats:
+        """Spread the suggestion of the own actions over all actions."""
+        if self._places is None or not self.layout.suggestion:
+            return own
+        layout, mine = self.layout, self.env.layout
+        out = np.zeros((len(own), layout.observation_size), np.float32)
+        out[:, : layout.public_size] = own[:, : layout.public_size]
+        out[:, layout.public_size + self._places] = own[:, layout.public_size : mine.actor_size]
+        out[:, layout.actor_size :] = own[:, mine.actor_size :]
+        return out
 
 
 class TrainingNodes(VecEnv):
     """N nodes, spread evenly over scenarios.
 
     Args:
-        scenarios: What to train on; all of one verb set.
+        scenarios: What to train on.
         num_envs: How many nodes altogether.
         rule: The rule whose suggestion is observed and whose dispatch is used, or None.
         privileged: Whether the critic's block is observed.
         seed: Of all episodes.
         threads: Threads that step.
+        full_verbs: Whether the layout has the full verbs even if no scenario has them.
+        without: Verbs that nobody may use.
 
     Raises:
-        InputError: The scenarios have different verb sets, or there are fewer nodes than scenarios.
+        InputError: There are fewer nodes than scenarios, or no such verb.
 
     Attributes:
+        parts: The nodes in parts that do not depend on each other.
         last_dt_s: float64[N], simulated seconds of the last step.
         last_reward_terms: float64[N, 2], misses and latency.
     """
@@ -54,43 +159,44 @@ class TrainingNodes(VecEnv):
         privileged: bool,
         seed: int,
         threads: int = 1,
+        full_verbs: bool = False,
+        without: Sequence[str] = (),
     ) -> None:
-        if len({scenario.verbs for scenario in scenarios}) > 1:
-            named = ", ".join(f"{scenario.name}: {scenario.verbs}" for scenario in scenarios)
-            raise InputError(
-                f"scenarios with different verb sets ({named})", "train one policy each"
-            )
         if num_envs < len(scenarios):
             raise InputError(f"envs is {num_envs}", f"give at least {len(scenarios)}, one each")
+        for verb in without:
+            if verb not in VERBS:
+                raise unknown("verb", verb, VERBS)
         models = max(scenario.largest_fleet for scenario in scenarios)
-        self.parts: list[MultiModelServingVecEnv] = []
+        full_verbs = full_verbs or any(scenario.verbs == "full" for scenario in scenarios)
+        self.layout = Layout(models, full_verbs, rule is not None, privileged)
         # A fixed number of parts, whatever the threads: seeds belong to the parts.
-        pieces = max(1, min(4, num_envs // SMALLEST_PART) // len(scenarios))
+        most = max(4, num_envs // LARGEST_PART)
+        pieces = max(1, min(most, num_envs // SMALLEST_PART) // len(scenarios))
         sizes = _even(num_envs, len(scenarios) * pieces)
-        for k, size in enumerate(sizes):
-            self.parts.append(
-                MultiModelServingVecEnv(
-                    size,
-                    scenarios[k % len(scenarios)],
-                    max_models=models,
-                    suggestion=rule,
-                    privileged=privileged,
-                    split="train",
-                    seed=seed * 1000 + k,
-                    stagger=True,
-                )
+        ends = np.cumsum(sizes).tolist()
+        self.parts: list[Part] = []
+        for k, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+            env = MultiModelServingVecEnv(
+                size,
+                scenarios[k % len(scenarios)],
+                max_models=models,
+                suggestion=rule,
+                privileged=privileged,
+                split="train",
+                seed=seed * 1000 + k,
+                stagger=True,
             )
-        self.layout = self.parts[0].layout
+            self.parts.append(Part(env, self.layout, slice(end - size, end), without))
         self.last_dt_s = np.zeros(num_envs)
         self.last_reward_terms = np.zeros((num_envs, 2))
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
-        ends = np.cumsum(sizes)
-        self._masks: npt.NDArray[np.bool_] | None = None  # of now, where they are known
-        self._slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        self._actions = np.zeros(num_envs, np.int64)
+        self._masks: Masks | None = None  # of now, where they are known
         super().__init__(num_envs, self.layout.observation_space, self.layout.action_space)
 
-    def action_masks(self) -> npt.NDArray[np.bool_]:
+    def action_masks(self) -> Masks:
         """Return which actions are legal now, bool[N, A]."""
         if self._masks is None:
             self._masks = np.concatenate([part.action_masks() for part in self.parts])
@@ -99,18 +205,18 @@ class TrainingNodes(VecEnv):
     def reset(self) -> Floats:
         """Draw an episode for each node."""
         self._masks = None
-        return np.concatenate([np.asarray(part.reset()) for part in self.parts])
+        return np.concatenate([part.reset() for part in self.parts])
 
     def step_async(self, actions: npt.NDArray[np.int64]) -> None:
         """Take the actions of the step, int64[N]."""
-        for part, rows in zip(self.parts, self._slices, strict=True):
-            part.step_async(actions[rows])
+        self._actions = actions
 
-    def step_wait(
-        self,
-    ) -> tuple[Floats, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:
+    def step_wait(self) -> tuple[Floats, npt.NDArray[np.float32], npt.NDArray[np.bool_], Any]:
         """Do the step on all parts."""
-        results = self._on_threads(lambda part: (*part.step_wait(), part.action_masks()))
+        actions = self._actions
+        results = self._on_threads(
+            lambda part: (*part.step(actions[part.rows]), part.action_masks())
+        )
         observations, rewards, dones, infos, masks = zip(*results, strict=True)
         self._masks = np.concatenate(masks)
         self.last_dt_s = np.concatenate([part.last_dt_s for part in self.parts])
@@ -122,7 +228,7 @@ class TrainingNodes(VecEnv):
             [info for part in infos for info in part],
         )
 
-    def _on_threads(self, work: Callable[[MultiModelServingVecEnv], T]) -> list[T]:
+    def _on_threads(self, work: Callable[[Part], T]) -> list[T]:
         """Return what ``work`` gives for each part; every thread, this one too, does its share.
 
         Each gets its parts at once: waking a thread takes as long as a few dozen decisions.
@@ -165,7 +271,7 @@ class TrainingNodes(VecEnv):
         return {
             f"{k}.{name}": value
             for k, part in enumerate(self.parts)
-            for name, value in part.get_state().items()
+            for name, value in part.env.get_state().items()
         }
 
     def set_state(self, state: Mapping[str, Any]) -> Floats:
@@ -173,9 +279,9 @@ class TrainingNodes(VecEnv):
         for k, part in enumerate(self.parts):
             prefix = f"{k}."
             mine = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-            part.set_state(mine)
+            part.env.set_state(mine)
         self._masks = None
-        return np.concatenate([np.asarray(part.batch.observe()) for part in self.parts])
+        return np.concatenate([part.observe() for part in self.parts])
 
 
 def _even(total: int, parts: int) -> list[int]:

@@ -174,24 +174,39 @@ def play_all(
     Returns:
         What came of each, in the order of work.
     """
-    if workers == 1 or len(work) <= 1:
-        return [_reported(play(piece), report) for piece in work]
     played: dict[int, Played] = {}
+    for k, part in stream(work, workers):
+        played[k] = part
+        if report is not None:
+            report(len(part.episodes))
+    return [played[k] for k in range(len(work))]
+
+
+def stream(work: Sequence[Piece], workers: int) -> Iterator[tuple[int, Played]]:
+    """Play pieces, several at a time, and yield each with its index as soon as it is done.
+
+    Args:
+        work: What to play.
+        workers: How many processes; 1 plays in this one.
+    """
+    if workers == 1 or len(work) <= 1:
+        yield from ((k, play(piece)) for k, piece in enumerate(work))
+        return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _prepare_process) as pool:
+    with ProcessPoolExecutor(workers, context, prepare_process) as pool:
         try:
-            with _interrupts_ignored():  # the processes that start here leave Ctrl-C to this one
+            with interrupts_ignored():  # the processes that start here leave Ctrl-C to this one
                 futures: dict[Future[Played], int] = {
                     pool.submit(play, piece): k for k, piece in enumerate(work)
                 }
             for future in as_completed(futures):
-                played[futures[future]] = _reported(future.result(), report)
+                # Taken out: what has been handed on need not be kept until the end.
+                yield futures.pop(future), future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-    return [played[k] for k in range(len(work))]
 
 
 def play(piece: Piece) -> Played:
@@ -253,7 +268,7 @@ def drive(simulator: Simulator, contender: Contender, scenario: str) -> None:
     if contender.planner:
         Lookahead(contender.planner_for(name), simulator).run()
         return
-    runner = _runner(simulator, contender)
+    runner = runner_for(simulator, contender)
     while not simulator.done.all():
         simulator.step(runner.act())
 
@@ -268,7 +283,7 @@ def _policy(path: Path) -> ExportedPolicy:
     return load_policy(path)
 
 
-def _runner(simulator: Simulator, contender: Contender) -> PolicyRunner:
+def runner_for(simulator: Simulator, contender: Contender) -> PolicyRunner:
     """Return a learned policy at work on nodes that have been reset."""
     assert contender.path is not None
     policy = _policy(contender.path)
@@ -277,18 +292,14 @@ def _runner(simulator: Simulator, contender: Contender) -> PolicyRunner:
     return PolicyRunner(policy, simulator)
 
 
-def _reported(played: Played, report: Callable[[int], None] | None) -> Played:
-    if report is not None:
-        report(len(played.episodes))
-    return played
-
-
-def _prepare_process() -> None:
+def prepare_process() -> None:
+    """Set up a process that plays; it leaves Ctrl-C to the one that started it."""
     os.environ["OMP_NUM_THREADS"] = "1"  # as many processes as cores: one thread each
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
+def interrupts_ignored() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -313,7 +324,7 @@ def decider(simulator: Simulator, contender: Contender, scenario: str) -> Decide
     if contender.planner:
         lookahead = Lookahead(contender.planner_for(name), simulator)
         return lambda node, requests: lookahead.act(0)
-    runner = _runner(simulator, contender)
+    runner = runner_for(simulator, contender)
     return lambda node, requests: int(runner.act()[0])
 
 

@@ -178,11 +178,13 @@ class EquivariantPolicy(MaskableActorCriticPolicy):
             logits = logits.masked_fill(~legal, IMPOSSIBLE)
         return F.log_softmax(logits, dim=1)
 
-    def sample(self, obs: th.Tensor, masks: Mask | None = None) -> tuple[th.Tensor, th.Tensor]:
+    def sample(
+        self, obs: th.Tensor, masks: Mask | None = None, generator: th.Generator | None = None
+    ) -> tuple[th.Tensor, th.Tensor]:
         """Return actions [B] drawn from the policy and their log-probabilities [B]."""
         log_probs = self.log_probs(obs, masks)
         # The largest of log-probabilities with Gumbel noise is a draw from the distribution.
-        noise = th.empty_like(log_probs).exponential_().log_()
+        noise = th.empty_like(log_probs).exponential_(generator=generator).log_()
         actions = (log_probs - noise).argmax(dim=1)
         return actions, log_probs.gather(1, actions.unsqueeze(1)).squeeze(1)
 

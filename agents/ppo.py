@@ -2,16 +2,19 @@
 
 It differs from `MaskablePPO` in three ways. Discount and trace decay go by elapsed time (see
 `EventTimeRolloutBuffer`), truncation included. Actor and critic have their gradients clipped apart,
-so that a large value loss cannot freeze the policy. And it spends its time well: while a rollout is
-collected only the actor runs, the critic sees all of it at once; minibatches are large, and are
-worked through in chunks that stay in the processor's cache, on one thread or several.
+so that a large value loss cannot freeze the policy. And it spends its time well: each part of the
+environment plays its rollout on a thread of its own, simulation and policy in turn, and waits for
+no other; meanwhile only the actor runs, the critic sees the whole rollout at once; minibatches are
+large, and are worked through in chunks that stay in the processor's cache, on one thread or
+several, or as a whole on a GPU.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +28,77 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
 from mmrl.agents.buffer import EventTimeRolloutBuffer, Floats, Samples
+from mmrl.agents.nodes import Played
 from mmrl.agents.policy import EquivariantPolicy
 
 CHUNK = 1024  # decisions whose activations fit the cache
+GPU_CHUNK = 2**16  # observations that are valued at once on a GPU
 STATISTICS = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction")
+
+
+class Players(Protocol):
+    """Nodes that can be played apart from the others: a `Part` of `TrainingNodes`."""
+
+    rows: slice
+
+    @property
+    def last_dt_s(self) -> npt.NDArray[np.float64]:
+        """Simulated seconds of the last step, float64[N]."""
+
+    @property
+    def last_reward_terms(self) -> npt.NDArray[np.float64]:
+        """The parts of its rewards, float64[N, 2]."""
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """Return which actions are legal now, bool[N, A]."""
+
+    def step(self, actions: npt.NDArray[np.int64]) -> Played:
+        """Do an action on each node."""
+
+
+class Whole:
+    """Any VecEnv that tells ``last_dt_s``, as its one part."""
+
+    rows = slice(None)
+
+    def __init__(self, env: VecEnv) -> None:
+        self._env = env
+        self.last_reward_terms = np.zeros((env.num_envs, 2))
+
+    @property
+    def last_dt_s(self) -> npt.NDArray[np.float64]:
+        """Simulated seconds of the last step, float64[N]."""
+        found: npt.NDArray[np.float64] = self._env.get_attr("last_dt_s")[0]
+        return found
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """Return which actions are legal now, bool[N, A]."""
+        return np.asarray(get_action_masks(self._env)).reshape(self._env.num_envs, -1)
+
+    def step(self, actions: npt.NDArray[np.int64]) -> Played:
+        """Do an action on each node."""
+        observations, rewards, dones, infos = self._env.step(actions)
+        return Played(np.asarray(observations), np.asarray(rewards), np.asarray(dones), infos)
+
+
+class Rolled(NamedTuple):
+    """What is left of a part's rollout beside the rows of the buffer.
+
+    Attributes:
+        last: Observations after it.
+        infos: Of each step, those of the episodes that ended.
+        ended: Step and node of the truncated episodes ...
+        last_seen: ... and their last observations.
+        reward_terms: Sums of the parts of the rewards, float64[2].
+        seconds: Time with the environment, and with the policy.
+    """
+
+    last: Floats
+    infos: list[list[dict[str, Any]]]
+    ended: list[tuple[int, int]]
+    last_seen: list[Floats]
+    reward_terms: npt.NDArray[np.float64]
+    seconds: tuple[float, float]
 
 
 class EventTimePPO(MaskablePPO):
@@ -36,12 +106,17 @@ class EventTimePPO(MaskablePPO):
 
     Args:
         policy: The policy class.
-        env: A VecEnv with ``last_dt_s`` float64[N], the simulated seconds of the last step.
+        env: A VecEnv with ``last_dt_s`` float64[N], the simulated seconds of the last step, and
+            maybe ``parts`` (see `Players`), whose generators of random numbers are their own.
         discount_s: Time constant of the discount.
         trace_s: Time constant of the trace decay, the lambda of the advantages.
+        elapsed_time: Discount by the time between decisions; else every decision counts as
+            the mean of the rollout.
         reward_scale: Rewards are multiplied by it, so that values are about 1.
-        threads: Threads that learn; each works on a chunk of its own, and the sum of their
-            gradients does not depend on their number.
+        clip_apart: Clip the gradients of actor and critic each by its own norm.
+        critic_first: Iterations in which only the critic learns.
+        threads: Threads that play and learn; each works on a part or a chunk of its own, and
+            neither rollouts nor the sum of gradients depend on their number.
         **kwargs: Of `MaskablePPO`; ``gamma``, ``gae_lambda``, ``clip_range_vf``, ``target_kl`` and
             ``normalize_advantage`` are not used.
 
@@ -49,6 +124,9 @@ class EventTimePPO(MaskablePPO):
         seconds: Wall-clock time spent with the environment, the policy and learning.
         time_left: Where training ends by the clock, the share of its time that is left: schedules
             follow it when it is ahead of the steps.
+        stopped: Set by a callback at the start of a rollout: training ends before it.
+        reward_terms: Sums of the parts of the rewards of the last rollout, float64[2].
+        generators: One for each part; actions are drawn from them.
     """
 
     policy: EquivariantPolicy
@@ -61,26 +139,42 @@ class EventTimePPO(MaskablePPO):
         *,
         discount_s: float = 15.0,
         trace_s: float = 6.0,
+        elapsed_time: bool = True,
         reward_scale: float = 0.1,
+        clip_apart: bool = True,
+        critic_first: int = 0,
         threads: int = 1,
+        device: str = "cpu",
         **kwargs: Any,
     ) -> None:
         self.reward_scale = reward_scale
+        self.clip_apart, self.critic_first = clip_apart, critic_first
         self.threads = threads
         self.time_left: Callable[[], float] | None = None
+        self.stopped = False
         self.seconds = dict.fromkeys(("env", "policy", "learn"), 0.0)
-        constants = {"discount_s": discount_s, "trace_s": trace_s}
+        self.reward_terms = np.zeros(2)
+        constants = {"discount_s": discount_s, "trace_s": trace_s, "elapsed_time": elapsed_time}
         super().__init__(
             policy,
             env,
             rollout_buffer_class=EventTimeRolloutBuffer,
             rollout_buffer_kwargs=constants,
-            device="cpu",
+            device=device,
             **kwargs,
         )
+        parts: list[Players] = getattr(self.env, "parts", None) or [Whole(env)]
+        self._parts = parts
+        self.generators = [
+            th.Generator().manual_seed((self.seed or 0) * 1000 + k) for k in range(len(parts))
+        ]
+        self._on_gpu = self.device.type != "cpu"
+        # Nodes are played on the processor, with a copy of the actor where that learns elsewhere.
+        self._player = copy.deepcopy(self.policy).to("cpu") if self._on_gpu else self.policy
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "seconds", "time_left"]
+        own = ["seconds", "time_left", "generators", "_parts", "_player"]
+        return [*super()._excluded_save_params(), *own]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -118,73 +212,121 @@ class EventTimePPO(MaskablePPO):
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         callback.on_rollout_start()
-        ended: list[tuple[int, int]] = []  # step and node of truncated episodes ...
-        last_seen: list[Floats] = []  # ... and their last observations
-        observations = self._last_obs
+        if self.stopped:
+            return False
+        if self._on_gpu:
+            self._player.actor.load_state_dict(self.policy.actor.state_dict())
+        rolled = self._play(rollout_buffer, n_rollout_steps)
         for step in range(n_rollout_steps):
-            assert isinstance(observations, np.ndarray)
-            with self._clock("env"):
-                masks = get_action_masks(env)
-            with self._clock("policy"), th.no_grad():
-                drawn, log_probs = self.policy.sample(th.from_numpy(observations), masks)
-                actions = drawn.numpy()
-            with self._clock("env"):
-                following, rewards, dones, infos = env.step(actions)
             self.num_timesteps += env.num_envs
-            for i in np.flatnonzero(dones):
-                if infos[i].get("TimeLimit.truncated", False):
-                    ended.append((step, int(i)))
-                    last_seen.append(infos[i]["terminal_observation"])
-            with self._clock("policy"):
-                rollout_buffer.store(
-                    observations,
-                    masks.reshape(env.num_envs, -1),
-                    actions,
-                    log_probs.numpy(),
-                    rewards * self.reward_scale,
-                    env.last_dt_s,  # type: ignore[attr-defined]
-                    dones,
-                )
-            assert isinstance(following, np.ndarray)
-            observations = self._last_obs = following
-            self._last_episode_starts = dones
-            self._update_info_buffer([infos[i] for i in np.flatnonzero(dones)])
+            self._update_info_buffer([info for part in rolled for info in part.infos[step]])
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
         with self._clock("policy"):
-            self._finish_rollout(rollout_buffer, ended, last_seen)
+            self._finish_rollout(rollout_buffer, rolled)
         callback.on_rollout_end()
         return True
 
-    def _finish_rollout(
+    def _play(self, buffer: EventTimeRolloutBuffer, steps: int) -> list[Rolled]:
+        """Have each part play its rollout; threads take the parts in turn."""
+        observations = self._last_obs
+        assert isinstance(observations, np.ndarray)
+
+        def play(k: int) -> Rolled:
+            part = self._parts[k]
+            return self._play_part(part, self.generators[k], observations[part.rows], buffer, steps)
+
+        began_s = time.perf_counter()
+        with ThreadPoolExecutor(self.threads) as pool:
+            rolled = list(pool.map(play, range(len(self._parts))))
+        spent_s = time.perf_counter() - began_s
+        env_s, policy_s = (sum(part.seconds[k] for part in rolled) for k in range(2))
+        self.seconds["env"] += spent_s * env_s / (env_s + policy_s)
+        self.seconds["policy"] += spent_s * policy_s / (env_s + policy_s)
+        self._last_obs = np.concatenate([part.last for part in rolled])
+        self.reward_terms = sum((part.reward_terms for part in rolled), np.zeros(2))
+        return rolled
+
+    def _play_part(
         self,
+        part: Players,
+        generator: th.Generator,
+        observations: Floats,
         buffer: EventTimeRolloutBuffer,
-        ended: list[tuple[int, int]],
-        last_seen: list[Floats],
-    ) -> None:
+        steps: int,
+    ) -> Rolled:
+        """Play the rollout of a part into its rows of the buffer."""
+        first = part.rows.start or 0
+        infos: list[list[dict[str, Any]]] = []
+        ended: list[tuple[int, int]] = []
+        last_seen: list[Floats] = []
+        terms = np.zeros(2)
+        env_s = policy_s = 0.0
+        clock = time.perf_counter
+        for step in range(steps):
+            begun = clock()
+            masks = part.action_masks()
+            seen = clock()
+            with th.no_grad():
+                drawn, log_probs = self._player.sample(
+                    th.from_numpy(observations), masks, generator
+                )
+            actions = drawn.numpy()
+            decided = clock()
+            following, rewards, dones, told = part.step(actions)
+            finished = np.flatnonzero(dones).tolist()
+            infos.append([told[i] for i in finished])
+            for i in finished:
+                if told[i].get("TimeLimit.truncated", False):
+                    ended.append((step, first + i))
+                    last_seen.append(told[i]["terminal_observation"])
+            terms += part.last_reward_terms.sum(axis=0)
+            buffer.store(
+                step,
+                part.rows,
+                observations,
+                masks,
+                actions,
+                log_probs.numpy(),
+                rewards * self.reward_scale,
+                part.last_dt_s,
+                dones,
+            )
+            observations = following
+            policy_s += decided - seen
+            env_s += clock() - decided + seen - begun
+        return Rolled(observations, infos, ended, last_seen, terms, (env_s, policy_s))
+
+    def _finish_rollout(self, buffer: EventTimeRolloutBuffer, rolled: list[Rolled]) -> None:
         """Value all observations of a rollout in one go, and have the advantages computed."""
         bootstrap = np.zeros((buffer.buffer_size, buffer.n_envs), np.float32)
+        ended = [place for part in rolled for place in part.ended]
         if ended:
             steps, nodes = zip(*ended, strict=True)
-            bootstrap[list(steps), list(nodes)] = self._values(np.stack(last_seen))
+            last_seen = np.stack([seen for part in rolled for seen in part.last_seen])
+            bootstrap[list(steps), list(nodes)] = self._values(last_seen)
         assert isinstance(self._last_obs, np.ndarray)
         values = self._values(buffer.observations.reshape(-1, buffer.observations.shape[-1]))
         buffer.finish(values.reshape(bootstrap.shape), self._values(self._last_obs), bootstrap)
 
     def _values(self, observations: Floats) -> Floats:
-        chunks = th.split(th.from_numpy(observations), CHUNK)
-        with ThreadPoolExecutor(self.threads) as pool:
+        size = GPU_CHUNK if self._on_gpu else CHUNK
+        chunks = th.split(th.from_numpy(observations), size)
+        with ThreadPoolExecutor(1 if self._on_gpu else self.threads) as pool:
             values: Floats = th.cat(list(pool.map(self._chunk_values, chunks))).numpy()
         return values.reshape(-1)
 
     def _chunk_values(self, observations: th.Tensor) -> th.Tensor:
         with th.no_grad():  # is a property of the thread
-            return self.policy.predict_values(observations)
+            return self.policy.predict_values(observations.to(self.device)).cpu()
 
     def train(self) -> None:
         """Update actor and critic on the rollout."""
-        with self._clock("learn"), ThreadPoolExecutor(self.threads) as pool:
+        with (
+            self._clock("learn"),
+            ThreadPoolExecutor(1 if self._on_gpu else self.threads) as pool,
+        ):
             self._train(pool)
 
     def _train(self, pool: ThreadPoolExecutor) -> None:
@@ -192,15 +334,16 @@ class EventTimePPO(MaskablePPO):
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
         parameters = list(policy.parameters())
-        samples = self.rollout_buffer.samples()
+        samples = self.rollout_buffer.samples().to(self.device)
         statistics: list[th.Tensor] = []
 
         def gradients_of(rows: th.Tensor) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
-            return self._gradients(samples.at(rows), parameters)
+            return self._gradients(samples.at(rows.to(self.device)), parameters)
 
+        assert self.batch_size is not None
+        chunk = self.batch_size if self._on_gpu else CHUNK
         for _ in range(self.n_epochs):
-            assert self.batch_size is not None
-            for batch in self.rollout_buffer.minibatches(self.batch_size, CHUNK):
+            for batch in self.rollout_buffer.minibatches(self.batch_size, chunk):
                 size = sum(map(len, batch))
                 results = pool.map(gradients_of, batch)
                 total: tuple[th.Tensor, ...] = ()
@@ -211,7 +354,7 @@ class EventTimePPO(MaskablePPO):
                     statistics.append(found)
                 for parameter, gradient in zip(parameters, total, strict=True):
                     parameter.grad = gradient / size
-                for network in (policy.actor, policy.critic):
+                for network in (policy.actor, policy.critic) if self.clip_apart else (policy,):
                     th.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
                 policy.optimizer.step()
             self._n_updates += 1
@@ -232,7 +375,8 @@ class EventTimePPO(MaskablePPO):
         policy_loss = -th.min(chunk.advantages * ratio, chunk.advantages * clipped).sum()
         value_loss = F.mse_loss(values.flatten(), chunk.returns, reduction="sum")
         entropy_loss = -entropy.sum()
-        loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        acting = float(self._n_updates >= self.critic_first * self.n_epochs)
+        loss = acting * (policy_loss + self.ent_coef * entropy_loss) + self.vf_coef * value_loss
         gradients = th.autograd.grad(loss, parameters)
         with th.no_grad():
             kl = (ratio - 1 - log_ratio).sum()  # Schulman's estimate of the KL divergence

@@ -20,6 +20,7 @@ from mmrl.agents.contenders import Contender
 from mmrl.agents.play import LATENCIES, Board, Played
 from mmrl.errors import InputError
 from mmrl.files import atomic_write, write_json
+from mmrl.scenarios.registry import get_scenario
 from mmrl.stats import (
     Interval,
     bootstrap,
@@ -71,7 +72,7 @@ class Results:
         episodes: A row per board, load, policy and episode.
         models: A row per model of these.
         latencies: Quantiles of TTFT, TPOT and normalised latency over all requests.
-        timelines: One episode as some policies played it, for the report.
+        timelines: Some episodes as some policies played them, see ``mmrl.agents.recording``.
     """
 
     summary: dict[str, Any]
@@ -96,7 +97,8 @@ class Results:
                 getattr(self, name).to_parquet(buffer, index=False, compression="zstd")
                 with atomic_write(new / f"{name}.parquet", "wb") as file:
                     file.write(buffer.getvalue())
-            write_json(new / "timelines.json", self.timelines)
+            with atomic_write(new / "timelines.json") as file:  # thousands of small numbers
+                json.dump(self.timelines, file, separators=(",", ":"), allow_nan=False)
             write_json(new / SUMMARY, self.summary)
             if folder.exists():
                 folder.rename(old)
@@ -218,6 +220,8 @@ def _board(
         "name": board.name,
         "scenario": board.scenario,
         "trace": board.trace,
+        "platform": ", ".join(sorted(at_main.platform.unique())),
+        "family": family(board.scenario, board.trace),
         "notes": board.windows[main].notes if board.trace else (),
         "loads": loads,
         "main_load": main,
@@ -225,6 +229,17 @@ def _board(
         "rows": mine,
         "models": _models(models[(models.board == board.name) & (models.load == main)], order),
     }
+
+
+def family(scenario: str, trace: str) -> str:
+    """Name the family of a workload: the recorded trace, or the lengths and the arrivals."""
+    if trace or not scenario:
+        return trace or "as recorded"
+    workload = get_scenario(scenario).workload
+    if workload is None:
+        return "recorded"
+    kinds = workload.lengths.family, workload.arrivals.kind
+    return ", ".join("/".join(dict.fromkeys([k] if isinstance(k, str) else k)) for k in kinds)
 
 
 def _started_from(contenders: Sequence[Contender]) -> dict[str, str]:

@@ -32,7 +32,7 @@ class PolicyRunner:
     """
 
     def __init__(self, policy: ExportedPolicy, simulator: Simulator) -> None:
-        if policy.full_verbs != bool(simulator.sampler.full_verbs):
+        if not policy.plays(bool(simulator.sampler.full_verbs)):
             wanted = "full" if simulator.sampler.full_verbs else "core"
             raise InputError(
                 f"policy {policy.name} has the verbs '{policy.card.verb_set}', "

@@ -6,6 +6,7 @@ from typing import Any
 import torch as th
 
 from mmrl.agents import runs
+from mmrl.agents.export import ExportedPolicy
 from mmrl.agents.nodes import TrainingNodes
 from mmrl.agents.ppo import EventTimePPO
 from mmrl.errors import InputError
@@ -21,6 +22,7 @@ def snapshot(model: EventTimePPO, nodes: TrainingNodes) -> dict[str, Any]:
         "policy": model.policy.state_dict(),
         "optimizer": model.policy.optimizer.state_dict(),
         "random": th.get_rng_state(),
+        "generators": [generator.get_state() for generator in model.generators],
         "nodes": {
             key: value if isinstance(value, str) else th.from_numpy(value)
             for key, value in arrays.items()
@@ -35,9 +37,38 @@ def restore(model: EventTimePPO, nodes: TrainingNodes, state: dict[str, Any]) ->
     model.policy.load_state_dict(state["policy"])
     model.policy.optimizer.load_state_dict(state["optimizer"])
     th.set_rng_state(state["random"])
+    for generator, own in zip(model.generators, state["generators"], strict=True):
+        generator.set_state(own)
     nodes.reset()
     arrays = {k: v if isinstance(v, str) else v.numpy() for k, v in state["nodes"].items()}
     model._last_obs = nodes.set_state(arrays)
+
+
+def go_on_from(model: EventTimePPO, policy: ExportedPolicy, place: str) -> None:
+    """Start a training with the weights of a policy, and with the critic of its run if it fits.
+
+    Args:
+        model: Whose networks they become; of the policy's width, prior and verbs.
+        policy: Where to go on from.
+        place: Its folder; that of a run holds a critic too.
+    """
+    weights = {name: th.from_numpy(array.copy()) for name, array in policy.weights.items()}
+    model.policy.actor.load_state_dict(weights)
+    critic = critic_of(place)
+    own = model.policy.critic.state_dict()
+    if critic is not None and all(
+        name in critic and critic[name].shape == tensor.shape for name, tensor in own.items()
+    ):
+        model.policy.critic.load_state_dict(critic)
+
+
+def critic_of(place: str) -> dict[str, th.Tensor] | None:
+    """Return the weights of the critic of a run, None where the folder is not that of a run."""
+    if not (Path(place) / runs.STATE).is_file():
+        return None
+    weights = read_state(Path(place))["policy"]
+    prefix = "critic."
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -54,7 +85,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / runs.STATE
     try:
-        state: dict[str, Any] = th.load(path, weights_only=True)
+        state: dict[str, Any] = th.load(path, weights_only=True, map_location="cpu")
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InputError(f"cannot read {path}: {reason}", "name the folder of a run") from error

@@ -17,18 +17,20 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 
 from mmrl.agents import runs
 from mmrl.agents.callback import Progress, RunCallback
-from mmrl.agents.config import TrainConfig
-from mmrl.agents.export import PriorRule
+from mmrl.agents.config import BETA, BETA_FULL, TrainConfig
+from mmrl.agents.export import ExportedPolicy, PriorRule, load_policy
 from mmrl.agents.nodes import TrainingNodes
 from mmrl.agents.policy import EquivariantPolicy
 from mmrl.agents.ppo import EventTimePPO
-from mmrl.agents.state import read_state, restore
+from mmrl.agents.state import critic_of, go_on_from, read_state, restore
 from mmrl.errors import InputError
 from mmrl.files import write_json
 from mmrl.rules import Rule, get_rule
 from mmrl.rules.registry import tuned_params
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.schema import Scenario
+
+CRITIC_FIRST = 8  # iterations until a fresh critic knows what a trained policy is worth
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Path:
@@ -45,11 +47,28 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         InputError: A scenario or rule is unknown, a setting is wrong, or the run exists.
     """
     scenarios = [get_scenario(name) for name in config.scenarios]
-    rule = _prior_rule(config, scenarios)
-    update: dict[str, Any] = {"prior_rule": PriorRule.of(rule) if rule else None}
+    start = load_policy(config.start) if config.start else None
+    update: dict[str, Any]
+    if start is not None:
+        update = {
+            "prior_rule": start.card.prior,
+            "width": start.card.width,
+            "all_verbs": start.card.verb_set == "both",
+            "without": tuple(dict.fromkeys((*start.card.without, *config.without))),
+        }
+        if config.critic_first is None and critic_of(config.start or "") is None:
+            update["critic_first"] = CRITIC_FIRST
+    else:
+        rule = _prior_rule(config, scenarios)
+        update = {"prior_rule": PriorRule.of(rule) if rule else None}
+    if config.beta is None:
+        full = any(scenario.verbs == "full" for scenario in config.played(scenarios))
+        update["beta"] = BETA_FULL if full else BETA
     if not config.name:
         update["name"] = "-".join([*(s.name for s in scenarios), f"s{config.seed}"])
     config = config.model_copy(update=update)
+    if start is not None:
+        _check_start(config, start, scenarios)
     folder = runs.new_run(config.out, config.name)
     for scenario in scenarios:
         write_json(
@@ -57,7 +76,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         )
     write_json(folder / runs.CONFIG, config.model_dump(mode="json"))
     runs.write_provenance(folder)
-    return _run(config, scenarios, rule, folder, None, progress)
+    return _run(config, scenarios, folder, None, start, progress)
 
 
 def resume(
@@ -88,9 +107,8 @@ def resume(
         raise InputError(f"run {folder} is complete ({done})", "give more with --steps")
     if config.time_s is not None and state["elapsed_s"] >= config.time_s:
         raise InputError(f"the time of run {folder} is over", "give more with --time")
-    scenarios = [_read_scenario(path) for path in _scenario_files(folder, config)]
-    rule = config.prior_rule.rule() if config.prior_rule else None
-    return _run(config, scenarios, rule, folder, state, progress)
+    scenarios = read_scenarios(folder, config)
+    return _run(config, scenarios, folder, state, None, progress)
 
 
 def _prior_rule(config: TrainConfig, scenarios: list[Scenario]) -> Rule | None:
@@ -101,17 +119,42 @@ def _prior_rule(config: TrainConfig, scenarios: list[Scenario]) -> Rule | None:
     return get_rule(config.prior, scenarios[0].name if config.prior in tuned else None)
 
 
+def _check_start(config: TrainConfig, start: ExportedPolicy, scenarios: list[Scenario]) -> None:
+    """Refuse to go on from a policy with verbs that the training does not have.
+
+    Raises:
+        InputError: It has others.
+    """
+    for scenario in config.played(scenarios):
+        if not start.plays(scenario.verbs == "full"):
+            raise InputError(
+                f"policy {start.name} has the verbs '{start.card.verb_set}', "
+                f"scenario '{scenario.name}' has '{scenario.verbs}'",
+                f"train it with --verbs {start.card.verb_set}",
+            )
+
+
 def _run(
     config: TrainConfig,
     scenarios: list[Scenario],
-    rule: Rule | None,
     folder: Path,
     state: dict[str, Any] | None,
+    start: ExportedPolicy | None,
     progress: Progress | None,
 ) -> Path:
+    if config.device == "cuda" and not th.cuda.is_available():
+        raise InputError("device is cuda, and torch finds no GPU", "leave the device out")
     th.set_num_threads(1)  # threads of its own would wait for each other in spin locks
+    rule = config.prior_rule.rule() if config.prior_rule else None
     nodes = TrainingNodes(
-        scenarios, config.envs, rule, config.privileged, config.seed, config.threads
+        config.trained(scenarios),
+        config.envs,
+        rule,
+        config.privileged,
+        config.seed,
+        config.threads,
+        full_verbs=config.all_verbs,
+        without=config.without,
     )
     try:
         model = EventTimePPO(
@@ -119,7 +162,11 @@ def _run(
             nodes,
             discount_s=config.discount_s,
             trace_s=config.trace_s,
+            elapsed_time=config.elapsed_time,
+            clip_apart=config.clip_apart,
+            critic_first=config.critic_first or 0,
             threads=config.threads,
+            device=config.device,
             learning_rate=_linear(config.learning_rate),
             n_steps=config.rollout_steps,
             batch_size=config.batch_size,
@@ -137,10 +184,12 @@ def _run(
             TensorBoardOutputFormat(str(folder / runs.TENSORBOARD)),
         ]
         model.set_logger(Logger(str(folder), outputs))
-        callback = RunCallback(config, scenarios, rule, folder, progress)
+        callback = RunCallback(config, config.played(scenarios), rule, folder, progress)
         if state is not None:
             restore(model, nodes, state)
             callback.set_state(state)
+        elif start is not None:
+            go_on_from(model, start, config.start or "")
         with _stopping_on_interrupt(callback.stop):
             model.learn(config.steps - step, callback, reset_num_timesteps=state is None)
         for output in outputs:
@@ -193,8 +242,16 @@ def read_config(folder: Path) -> TrainConfig:
         raise InputError(f"{path}: not of this version", "train again") from error
 
 
-def _scenario_files(folder: Path, config: TrainConfig) -> list[Path]:
-    return [folder / runs.SCENARIOS / f"{Path(name).stem}.json" for name in config.scenarios]
+def read_scenarios(folder: Path, config: TrainConfig) -> list[Scenario]:
+    """Return the scenarios of a run, as they were when it began.
+
+    Raises:
+        InputError: A file is missing or not of this version.
+    """
+    return [
+        _read_scenario(folder / runs.SCENARIOS / f"{Path(name).stem}.json")
+        for name in config.scenarios
+    ]
 
 
 def _read_scenario(path: Path) -> Scenario:

@@ -99,7 +99,7 @@ class DeployAdapter:
         Raises:
             InputError: It has.
         """
-        if isinstance(self.policy, ExportedPolicy) and self.policy.full_verbs != bool(s.full_verbs):
+        if isinstance(self.policy, ExportedPolicy) and not self.policy.plays(bool(s.full_verbs)):
             wanted = "full" if s.full_verbs else "core"
             raise InputError(
                 f"policy {self.policy.name} has the verbs '{self.policy.card.verb_set}', "

@@ -32,7 +32,7 @@ TERMINATED, TRUNCATED = 1, 2
 
 
 @lru_cache(maxsize=8)
-def _shared_sampler(scenario_json: str) -> EpisodeSampler:
+def shared_sampler(scenario_json: str) -> EpisodeSampler:
     """Prepare a sampler once for all environments of a scenario; it keeps no state of episodes."""
     return Scenario.model_validate_json(scenario_json).sampler()
 
@@ -68,7 +68,7 @@ class ServingBatch:
         privileged: bool = False,
     ) -> None:
         self.scenario = scenario if isinstance(scenario, Scenario) else get_scenario(scenario)
-        sampler = _shared_sampler(self.scenario.model_dump_json())
+        sampler = shared_sampler(self.scenario.model_dump_json())
         models = sampler.max_models if max_models is None else max_models
         if not sampler.max_models <= models <= MAX_MODELS:
             raise InputError(

@@ -58,7 +58,7 @@ class MultiModelServingEnv(gym.Env[Observation, np.int64]):
 
     ## Observation Space
 
-    `Box(-1, 1, (16 + 44 * max_models,), float32)`: the features of the node, then one block per
+    `Box(-1, 1, (16 + 47 * max_models,), float32)`: the features of the node, then one block per
     model, zeros where the fleet is smaller than `max_models`. `env.unwrapped.feature_names` names
     each number. Counts and times are squashed, `x / (|x| + scale)`; "against" gives the scale.
     Nothing tells a model or a platform by name, and nothing comes from the future.
@@ -117,6 +117,9 @@ class MultiModelServingEnv(gym.Env[Observation, np.int64]):
     | `lacks_weights` | 1 when it is out and requests wait for it |
     | `gdsf` | its priority in the eviction order above the clock, against 1 |
     | `in_link_bound` | 1 while an iteration of it waits for streamed layers |
+    | `head_kv` | KV cache that its next request needs, of the budget, against 0.05 |
+    | `head_room` | memory it could have without a preemption, less that, against 0.05 |
+    | `starved` | 1 when it has its weights and no room for that KV cache |
 
     `suggestion` adds a one-hot block over the actions, `suggestion.<action>`, and gives the node
     the rule's dispatch, so that to do as suggested is to be the rule. `privileged` adds, last,

@@ -8,7 +8,7 @@ dropped, so that the result is never worse than they are on these episodes.
 import json
 import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,18 +56,22 @@ class TuneResult:
 
 
 class PairedEpisodes:
-    """Episodes of a scenario that are drawn once and played by many rules.
+    """Episodes that are drawn once and played by many rules.
 
     Args:
-        scenario: What to draw.
+        scenarios: What to draw: episode ``i`` is of scenario ``i modulo their number``.
         split: ``"train"`` or ``"dev"``; ``"test"`` is for reports.
         count: How many episodes, the first of the split.
     """
 
-    def __init__(self, scenario: Scenario, split: Split, count: int) -> None:
-        self._simulator = Simulator(scenario.sampler(), count)
-        for i in range(count):
-            self._simulator.reset(i, episode_rng(split, i))
+    def __init__(self, scenarios: Sequence[Scenario], split: Split, count: int) -> None:
+        self._indices = [range(k, count, len(scenarios)) for k in range(len(scenarios))]
+        self._simulators = []
+        for scenario, indices in zip(scenarios, self._indices, strict=True):
+            simulator = Simulator(scenario.sampler(), len(indices))
+            for slot, index in enumerate(indices):
+                simulator.reset(slot, episode_rng(split, index))
+            self._simulators.append(simulator)
         self.count = count
 
     def play(self, rule: Rule, first: int = 0, last: int | None = None) -> npt.NDArray[np.float64]:
@@ -77,26 +81,37 @@ class PairedEpisodes:
             float64[last - first, 2]: goodput and mean normalised latency of each; NaN for an
             episode without requests.
         """
-        nodes: Nodes = self._simulator.nodes[first:last].copy().view(np.recarray)
-        requests: Nodes = self._simulator.requests[first:last].copy().view(np.recarray)
-        rule.prepare(nodes)
-        simulator = self._simulator
-        run_nodes(
-            rule.number,
-            rule.params,
-            nodes,
-            requests,
-            simulator.decode_tables,
-            simulator.prefill_tables,
-        )
-        outcome = np.full((len(nodes), 2), np.nan)
-        for i in range(len(nodes)):
-            q = requests[i][: int(nodes[i].n_requests)]
-            if len(q):
-                e2e_s = request_latencies(nodes[i], q)[2]
-                outcome[i, 0] = ((q["state"] == DONE) & (q["miss"] == MISS_NONE)).mean()
-                outcome[i, 1] = (e2e_s * 1e9 / q["isolated_ns"]).mean()
+        last = self.count if last is None else last
+        outcome = np.full((last - first, 2), np.nan)
+        for simulator, indices in zip(self._simulators, self._indices, strict=True):
+            slots = [slot for slot, index in enumerate(indices) if first <= index < last]
+            if slots:
+                rows = [indices[slot] - first for slot in slots]
+                outcome[rows] = _play(simulator, rule, slots[0], slots[-1] + 1)
         return outcome
+
+
+def _play(simulator: Simulator, rule: Rule, first: int, last: int) -> npt.NDArray[np.float64]:
+    """Play the episodes of some nodes on copies, see ``PairedEpisodes.play``."""
+    nodes: Nodes = simulator.nodes[first:last].copy().view(np.recarray)
+    requests: Nodes = simulator.requests[first:last].copy().view(np.recarray)
+    rule.prepare(nodes)
+    run_nodes(
+        rule.number,
+        rule.params,
+        nodes,
+        requests,
+        simulator.decode_tables,
+        simulator.prefill_tables,
+    )
+    outcome = np.full((len(nodes), 2), np.nan)
+    for i in range(len(nodes)):
+        q = requests[i][: int(nodes[i].n_requests)]
+        if len(q):
+            e2e_s = request_latencies(nodes[i], q)[2]
+            outcome[i, 0] = ((q["state"] == DONE) & (q["miss"] == MISS_NONE)).mean()
+            outcome[i, 1] = (e2e_s * 1e9 / q["isolated_ns"]).mean()
+    return outcome
 
 
 def objective_value(outcome: npt.NDArray[np.float64], objective: Objective) -> float:
@@ -159,7 +174,7 @@ def planned_episodes(rule: type[Rule], configs: int, episodes: int) -> int:
 
 def tune(
     rule: type[Rule],
-    scenario: Scenario,
+    scenario: Scenario | Sequence[Scenario],
     *,
     split: Split = "train",
     configs: int = 60,
@@ -173,7 +188,7 @@ def tune(
 
     Args:
         rule: The rule's class.
-        scenario: Where it is tuned.
+        scenario: Where it is tuned; of several, the episodes are of each in turn.
         split: ``"train"`` or ``"dev"``.
         configs: Candidates that are drawn.
         episodes: Episodes that the last candidates play.
@@ -189,7 +204,8 @@ def tune(
         raise InputError("split 'test' is for reports", "tune on train or dev")
     if objective not in get_args(Objective):
         raise unknown("objective", objective, get_args(Objective))
-    paired = PairedEpisodes(scenario, split, episodes)
+    scenarios = [scenario] if isinstance(scenario, Scenario) else scenario
+    paired = PairedEpisodes(scenarios, split, episodes)
     candidates = draw_candidates(rule, configs, np.random.default_rng(seed))
     outcomes: list[npt.NDArray[np.float64]] = [np.empty((0, 2)) for _ in candidates]
     alive = list(range(len(candidates)))

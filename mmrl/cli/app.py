@@ -21,7 +21,7 @@ COMMANDS = {
     "demo": ("mmrl.cli.demo", "Train, evaluate and report in a few minutes."),
     "train": ("mmrl.cli.train", "Train a PPO scheduler on scenarios."),
     "evaluate": ("mmrl.cli.evaluate", "Compare policies on the same arrivals."),
-    "report": ("mmrl.cli.report", "Write one HTML report about runs."),
+    "report": ("mmrl.cli.report", "Write a page about runs and evaluations, or serve it."),
     "serve": ("mmrl.cli.serve", "Serve several models on one device, OpenAI-compatible."),
     "replay": ("mmrl.cli.replay", "Send a workload to a live server and record every token."),
     "tune": ("mmrl.cli.tune", "Tune a hand-written policy."),

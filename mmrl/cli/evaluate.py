@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from mmrl.agents.evaluate import Watch
     from mmrl.agents.results import Results
 
-KIND_STYLE = {"learned": "bold cyan", "step0": "cyan", "rule": "", "bound": "dim"}
+KIND_STYLE = {
+    "learned": "bold cyan",
+    "live": "bold magenta",
+    "step0": "cyan",
+    "rule": "",
+    "bound": "dim",
+}
 COMPILING = "the first time, code is compiled: a minute or two"
 GOODPUT_NOTE = (
     "vs best: against the best rule, points, paired by episode; P(better): share of\n"
@@ -40,24 +46,57 @@ def command(
             "all rules unless given."
         ),
     ] = "",
-    scenarios: Annotated[str, typer.Option(help="Names or .toml files, by commas.")] = "demo",
+    scenarios: Annotated[
+        str, typer.Option(help="Names or .toml files, by commas; demo unless given.")
+    ] = "",
+    suite: Annotated[
+        str, typer.Option(help="A frozen benchmark, v1: all of its cells, not scenarios.")
+    ] = "",
+    cells: Annotated[
+        str, typer.Option(help="Cells of the benchmark: fast-*, core; by commas.")
+    ] = "",
+    verify: Annotated[
+        Path | None,
+        typer.Option(help="Result of a benchmark: play a sample again and compare."),
+    ] = None,
     trace: Annotated[
         list[Path] | None,
         typer.Option(help="Recorded requests instead of the scenario's; may be repeated."),
     ] = None,
-    episodes: Annotated[int, typer.Option(min=1, help="Per scenario and load.")] = 100,
+    episodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Per scenario and load (100), cell (its own) or sample (24)."),
+    ] = None,
     split: Annotated[Split, typer.Option(help="Whose random streams.")] = "test",
     loads: Annotated[
         str,
-        typer.Option("--load", "--loads", help="Loads, by commas; 0.5,0.8,1,1.3 gives a curve."),
-    ] = "1.0",
+        typer.Option("--load", "--loads", help="Loads, by commas (1); 0.5,0.8,1 gives a curve."),
+    ] = "",
     out: Annotated[
         Path | None, typer.Option(help="Results folder; in the run's folder unless given.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    record: Annotated[
+        int, typer.Option(min=0, help="Episodes of each board kept as timelines for the report.")
+    ] = 3,
 ) -> None:
     """Compare policies on the same arrivals."""
+    if suite or verify is not None:
+        fixed = {"--scenarios": scenarios, "--loads": loads, "--split": split.replace("test", "")}
+        _check_suite(suite, verify, cells, fixed)
+        from mmrl.cli import suite as benchmark
+
+        if verify is not None:
+            benchmark.verify(verify, trace or [], episodes, seed or None, workers)
+            return
+        place = out or Path("runs") / f"suite-{datetime.now():%Y%m%d-%H%M%S}"
+        benchmark.run(
+            suite, _names(policies), place, _names(cells), trace or [], episodes, workers, seed
+        )
+        return
+    if cells:
+        raise InputError("--cells belongs to a benchmark", "add --suite v1")
     from mmrl.agents.evaluate import evaluate
     from mmrl.agents.results import check_place
     from mmrl.rules import rule_names
@@ -68,13 +107,14 @@ def command(
     with progress(console) as watch:
         results = evaluate(
             _names(policies) or rule_names(),
-            _names(scenarios),
+            _names(scenarios) or ["demo"],
             traces=trace or (),
-            loads=[_load(text) for text in _names(loads)],
-            episodes=episodes,
+            loads=[_load(text) for text in _names(loads) or ["1"]],
+            episodes=episodes or 100,
             split=split,
             workers=workers,
             seed=seed,
+            record=record,
             watch=watch,
         )
     results.write(place)
@@ -236,6 +276,15 @@ def progress(console: Console) -> Iterator["Watch"]:
             yield watch
         finally:
             bar.stop()
+
+
+def _check_suite(suite: str, verify: Path | None, cells: str, fixed: dict[str, str]) -> None:
+    """Refuse options that do not go together with a benchmark."""
+    for option, value in fixed.items():
+        if value:
+            raise InputError(f"{option} is fixed by the benchmark", f"leave {option} out")
+    if verify is not None and (suite or cells):
+        raise InputError("--verify takes suite and cells from the result", "leave them out")
 
 
 def _default_place(names: list[str]) -> Path:

@@ -59,12 +59,12 @@ def _player(policy: str) -> "Player":
     """Return what plays a policy: a rule, or a learned one from its folder."""
     from functools import partial
 
+    from mmrl.agents.export import DEFAULT, load_policy
     from mmrl.plan import rule_player
     from mmrl.rules import rule_names
 
-    if policy in rule_names() or not Path(policy).exists():
+    if policy in rule_names() or (policy != DEFAULT and not Path(policy).exists()):
         return rule_player(policy)
-    from mmrl.agents.export import load_policy
     from mmrl.agents.runner import play
 
     return partial(play, load_policy(policy))

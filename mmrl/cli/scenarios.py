@@ -96,18 +96,24 @@ def calibrate(
 
     console = Console(highlight=False)
     scenario = get_scenario(name)
-    with console.status(f"playing {episodes} episodes for each utilisation"):
-        found, goodput = search(
-            scenario,
-            lambda scenario, utilisation: goodput_at(scenario, utilisation, episodes),
-            lambda tried, reached: console.print(f"utilisation {tried:.3f}: goodput {reached:.4f}"),
+    for k, part in enumerate(scenario.parts(), 1):
+        if scenario.variants:
+            names = ", ".join(part.platform)
+            console.print(f"\nvariant {k}: {names}, {part.targets.describe()}")
+        with console.status(f"playing {episodes} episodes for each utilisation"):
+            found, goodput = search(
+                part,
+                lambda scenario, utilisation: goodput_at(scenario, utilisation, episodes),
+                lambda tried, reached: console.print(
+                    f"utilisation {tried:.3f}: goodput {reached:.4f}"
+                ),
+            )
+        rates = _rates(part.model_copy(update={"utilisation_at_load_1": found}).sampler())
+        console.print(f"\n{RULE} has a goodput of {goodput:.4f} (wanted: {GOODPUT:g}). Load 1 is")
+        typer.echo(
+            f"utilisation_at_load_1 = {found:g}  # {rates} requests/s: "
+            f"mmrl scenarios calibrate {name} --episodes {episodes}"
         )
-    rates = _rates(scenario.model_copy(update={"utilisation_at_load_1": found}).sampler())
-    console.print(f"\n{RULE} has a goodput of {goodput:.4f} (wanted: {GOODPUT:g}). Load 1 is")
-    typer.echo(
-        f"utilisation_at_load_1 = {found:g}  # {rates} requests/s: "
-        f"mmrl scenarios calibrate {name} --episodes {episodes}"
-    )
 
 
 def _facts(sampler: "EpisodeSampler") -> list[tuple[str, str]]:

@@ -30,6 +30,18 @@ def command(
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder; other options stay.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Go on from a policy: default, the folder of a run or of a policy."
+        ),
+    ] = None,
+    verbs: Annotated[
+        str | None,
+        typer.Option(
+            help="core, full or both (one policy for either).", show_default="the scenario's"
+        ),
+    ] = None,
     prior: Annotated[
         bool, typer.Option(help="Start from the slack rule and learn where to deviate from it.")
     ] = True,
@@ -54,12 +66,15 @@ def command(
 
     \b
       mmrl train fast --time 10m
-      mmrl train fast slow --steps 5M --seed 1
+      mmrl train universal --verbs both --time 1h
+      mmrl train mine.toml --from default --time 5m
       mmrl train --resume runs/fast-s0 --steps 4M
 
-    Settings for --set: beta, width, rollout_steps, batch_size, epochs,
-    learning_rate, entropy, clip, discount_s, trace_s, max_grad_norm, eval_every,
-    eval_episodes.
+    Settings for --set: prior (the name of a rule), beta, width, rollout_steps,
+    batch_size, epochs, learning_rate, entropy, clip, discount_s, trace_s,
+    max_grad_norm, critic_first, eval_every, eval_episodes, device; and to switch
+    parts off: elapsed_time, clip_apart, randomise, jitter, miss_weight,
+    latency_weight, without (verbs, by commas).
     """
     total = number(steps, UNITS, "steps") if steps is not None else None
     time_s = number(time, TIMES, "time") if time is not None else None
@@ -75,6 +90,8 @@ def command(
             "time_s": time_s,
             "seed": seed,
             "name": name,
+            "verbs": verbs,
+            "start": start,
             "prior": "slack" if prior else None,
             "privileged": privileged,
             "envs": envs,

@@ -9,6 +9,7 @@ node's features, then one block of features per model, padded with zeros to ``ma
 import numpy as np
 import numpy.typing as npt
 
+from mmrl.node.actions import waiting_kv_bytes
 from mmrl.node.jit import jit
 from mmrl.node.memory import (
     free_bytes,
@@ -22,6 +23,7 @@ from mmrl.node.memory import (
 )
 from mmrl.node.requests import head_request
 from mmrl.node.state import (
+    BATCH_LIMIT,
     DECODE,
     DISPATCH_EDF,
     DISPATCH_LAS,
@@ -101,6 +103,9 @@ MODEL_FEATURES = (
     "lacks_weights",
     "gdsf",  # priority above the clock, against 1
     "in_link_bound",
+    "head_kv",  # KV of the next request to serve, of the budget, against 0.05
+    "head_room",  # memory that it could have without a preemption, less that, against 0.05
+    "starved",  # 1: the weights are there, and no room for that KV
 )
 
 N_GLOBAL = len(GLOBAL_FEATURES)
@@ -339,6 +344,18 @@ def observe_traffic(
 
 
 @jit
+def observe_room(s: Record, r: Nodes, m: int, out: npt.NDArray[np.float32]) -> None:
+    """Write what model ``m`` lacks to serve its next request into ``out[44:47]``."""
+    kv = waiting_kv_bytes(s, r, m)
+    room = free_bytes(s) - promised_bytes(s) + idle_bytes(s, m)
+    out[44] = squash(kv / s.budget_bytes, 0.05)
+    out[45] = squash((room - kv) / s.budget_bytes, 0.05)
+    resident = s.target[m] > 0 and s.landed[m] >= s.target[m]
+    begun = s.saved[m] == 0 and (s.prefilling[m] >= 0 or s.begun_len[m] >= BATCH_LIMIT)
+    out[46] = kv > room and resident and not begun
+
+
+@jit
 def observe(
     s: Record,
     r: Nodes,
@@ -368,4 +385,5 @@ def observe(
         rate_long = corrected_rate(s, m, s.rate_long[m], RATE_LONG_S, filled_long)
         arrivals += rate_long
         observe_traffic(s, m, rate_short, rate_long, block)
+        observe_room(s, r, m, block)
     observe_node(s, r, arrivals, out)

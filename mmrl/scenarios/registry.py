@@ -16,7 +16,7 @@ def scenario_names() -> list[str]:
 
 
 def scenario_path(name_or_path: str | Path) -> Path:
-    """Return the file of a scenario.
+    """Return the file of a scenario; of a cell, that of its suite.
 
     Args:
         name_or_path: A name of `scenario_names`, or the path of a ``.toml`` file.
@@ -24,6 +24,11 @@ def scenario_path(name_or_path: str | Path) -> Path:
     Raises:
         InputError: There is no scenario of that name.
     """
+    suite, colon, cell = str(name_or_path).rpartition(":")
+    if colon and not cell.endswith(".toml"):
+        from mmrl.scenarios.suite import get_suite
+
+        return get_suite(suite).path
     if str(name_or_path).endswith(".toml"):
         return Path(name_or_path)
     if name_or_path not in scenario_names():
@@ -36,15 +41,21 @@ def get_scenario(name_or_path: str | Path, **overrides: Any) -> Scenario:
 
     Args:
         name_or_path: A name of `scenario_names`, or the path of a ``.toml`` file. Paths in a
-            file are relative to the file.
+            file are relative to the file. Or a cell of a suite, ``v1:fast-chat-1.0``.
         **overrides: Fields to replace, for example ``load=1.0``; a table is replaced whole, and
             of two alternatives (``budget_gb`` and ``budget_fraction``) the other one goes.
 
     Raises:
         InputError: There is no such scenario or file, or a field is wrong.
     """
-    path = scenario_path(name_or_path)
-    data = {"name": path.stem, **_anchored(_read(path), path.parent)}
+    suite, colon, cell = str(name_or_path).rpartition(":")
+    if colon and not cell.endswith(".toml"):
+        from mmrl.scenarios.suite import get_suite
+
+        data = get_suite(suite).cell(cell).scenario.model_dump(mode="json", exclude_none=True)
+    else:
+        path = scenario_path(name_or_path)
+        data = {"name": path.stem, **_anchored(_read(path), path.parent)}
     for pair in ALTERNATIVES:
         if any(overrides.get(field) is not None for field in pair):
             data = {field: value for field, value in data.items() if field not in pair}

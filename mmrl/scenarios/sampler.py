@@ -5,7 +5,7 @@ prepared once; a draw assigns rows of it and samples the requests in compiled co
 takes its random numbers in the same order, so that fixing the load changes nothing else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from mmrl.errors import InputError, unknown
 from mmrl.node.state import DISPATCHES, MAX_MODELS, new_nodes, new_requests
+from mmrl.profiles.interpolate import MARK
+from mmrl.profiles.registry import get_platform
 from mmrl.scenarios.bank import LOAD_FIELDS, OTHER_FIELDS, STREAM_FIELDS, CostBank
 from mmrl.scenarios.requests import FleetCosts
 from mmrl.scenarios.schema import Scenario
@@ -60,11 +62,37 @@ class EpisodeInfo:
     dropped: int
 
 
+def read_bank(scenarios: Sequence[Scenario]) -> CostBank:
+    """Read the profiles of all models that scenarios can draw, on all their platforms.
+
+    Raises:
+        InputError: A platform or model is unknown, a file is wrong, or two fleets interpolate
+            between different models.
+    """
+    models: list[str] = []
+    platforms: list[str] = []
+    between: set[tuple[int, tuple[str, ...]]] = set()
+    for scenario in scenarios:
+        fleet = scenario.fleet
+        platforms += scenario.platform
+        models += fleet.choose_from if fleet else scenario.models or ()
+        if fleet and fleet.between:
+            between.add((fleet.between, fleet.choose_from))
+    if len(between) > 1:
+        raise InputError(
+            f"scenario '{scenarios[0].name}': fleet.between: variants interpolate other sizes",
+            "give all of them the same fleet",
+        )
+    names = tuple(dict.fromkeys(models))
+    return CostBank.read(tuple(dict.fromkeys(platforms)), names, *(between or {(0, ())}).pop())
+
+
 class EpisodeSampler:
     """Draws episodes of a scenario.
 
     Args:
         scenario: What to draw.
+        bank: Its profiles, maybe among others; read unless given.
 
     Raises:
         InputError: A platform, model or trace is unknown or wrong, or a model can never fit.
@@ -72,6 +100,7 @@ class EpisodeSampler:
     Attributes:
         scenario: The scenario.
         bank: Its profiles as arrays.
+        platforms: Which platforms of the bank are drawn.
         decode_tables: float64[P, 65, 33], seconds; a node's ``profile`` is the row.
         prefill_tables: float64[P, 257], seconds.
         max_models: The most models that an episode has.
@@ -81,10 +110,12 @@ class EpisodeSampler:
             and workloads.
     """
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, bank: CostBank | None = None) -> None:
         self.scenario = scenario
-        models = scenario.fleet.choose_from if scenario.fleet else scenario.models or ()
-        self.bank = CostBank.read(scenario.platform, tuple(dict.fromkeys(models)))
+        self.bank = bank if bank is not None else read_bank((scenario,))
+        names = [get_platform(name).name for name in scenario.platform]
+        known = [platform.name for platform in self.bank.platforms]
+        self.platforms = [known.index(name) for name in names]
         self.decode_tables = self.bank.decode_tables
         self.prefill_tables = self.bank.prefill_tables
         self.max_models = scenario.largest_fleet
@@ -99,13 +130,13 @@ class EpisodeSampler:
         self._constants = {field: self.bank.constants[field] for field in OTHER_FIELDS}
         self._load_ns = np.stack([self.bank.constants[field] for field in LOAD_FIELDS])
         self._stream_ns = np.stack([self.bank.constants[field] for field in STREAM_FIELDS])
-        self._choices = [self._rows_to_choose(k) for k in range(len(scenario.platform))]
+        self._choices = [self._rows_to_choose(k) for k in self.platforms]
         self._required = [self._rows_required(rows) for rows in self._choices]
         self.capacity, self.rates_at_load_1 = self._probe()
 
     def rows(self, platform: int) -> NDArray[np.int64]:
-        """Return the rows of the fixed fleet on a platform, or those that are drawn there."""
-        return self._choices[platform]
+        """Return the rows of the fixed fleet on a platform of the bank, or those drawn there."""
+        return self._choices[self.platforms.index(platform)]
 
     @property
     def longest_tokens(self) -> int:
@@ -149,6 +180,7 @@ class EpisodeSampler:
             load = low + (high - low) * float(uniform[0])
         platform = int(uniform[1] * len(scenario.platform))
         rows = self._draw_fleet(rng, platform, uniform[3:])
+        platform = self.platforms[platform]
         budget = self._budget_bytes(platform, rows, uniform[2])
         scale = np.ones((4, len(rows)))
         if scenario.jitter:
@@ -221,10 +253,12 @@ class EpisodeSampler:
         return min(self.bank.platforms[platform].usable_bytes, max(wanted, least))
 
     def _least_budgets(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the least budget that is drawn for each model of a fleet, int64[M]."""
-        needed = self.bank.needed_bytes(rows, self.full_verbs, self._source.longest_tokens)
-        if self.full_verbs:
-            return needed
+        """Return the least budget that is drawn for each model of a fleet, int64[M].
+
+        Also with full verbs a drawn budget holds the largest model as a whole: streaming a model
+        through every iteration is another trade, and another load.
+        """
+        needed = self.bank.needed_bytes(rows, False, self._source.longest_tokens)
         comfortable = np.rint(LARGEST_SHARE * self.bank.weight_bytes[rows]) + LARGEST_EXTRA_BYTES
         least: NDArray[np.int64] = np.maximum(needed, comfortable.astype(np.int64))
         return least
@@ -279,6 +313,8 @@ class EpisodeSampler:
         """
         scenario, bank = self.scenario, self.bank
         names = scenario.fleet.choose_from if scenario.fleet else scenario.models or ()
+        if scenario.fleet is not None and scenario.fleet.between:
+            names = (*names, *(name for name in bank.models if name.startswith(MARK)))
         rows = np.array([bank.row(platform, bank.models.index(name)) for name in names])
         usable = bank.platforms[platform].usable_bytes
         if scenario.budget_gb is not None and scenario.budget_gb * 1e9 > usable:

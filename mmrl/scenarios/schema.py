@@ -69,10 +69,13 @@ class FleetSpec(_Strict):
         choose_from: Each model is one of these with equal chance; the same architecture may come
             several times, as fine-tunes of one base model do.
         at_least_one_of: The fleet has one of these at least; empty for no such rule.
+        between: So many further sizes between each two neighbours in size of `choose_from`, by
+            interpolation (`mmrl.profiles.interpolate`), may be drawn too.
     """
 
     size: SizeRange
     choose_from: Names
+    between: Annotated[int, Field(ge=0, le=8)] = 0
     at_least_one_of: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
 
     @model_validator(mode="after")
@@ -138,6 +141,8 @@ class Scenario(_Strict):
         host_kv_gb: Host memory for saved KV cache; the platform's unless given.
         jitter: Each cost of each model is off by up to this fraction, drawn per episode.
         reward: Weights of the reward.
+        variants: Tables of fields that replace those above; each episode draws one. A table in
+            them is replaced whole. Name, description and verbs are the same for all.
     """
 
     name: str = ""
@@ -163,6 +168,22 @@ class Scenario(_Strict):
     host_kv_gb: Annotated[float, Field(ge=0)] | None = None
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
     reward: RewardSpec = RewardSpec()
+    variants: tuple[dict[str, Any], ...] = ()
+
+    @model_validator(mode="after")
+    def _variants_are_scenarios(self) -> "Scenario":
+        for variant in self.variants:
+            for field in variant:
+                if field not in Scenario.model_fields or field in COMMON:
+                    raise ValueError(f"variants: '{field}' cannot vary")
+        for k, variant in enumerate(self.variants):
+            try:
+                self._with(variant)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                field = ".".join(map(str, first["loc"]))
+                raise ValueError(f"variants.{k}.{field}: {first['msg']}") from None
+        return self
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "Scenario":
@@ -177,19 +198,54 @@ class Scenario(_Strict):
         """The most models that a fleet of this scenario has."""
         return self.fleet.size[1] if self.fleet is not None else len(self.models or ())
 
+    def parts(self) -> "tuple[Scenario, ...]":
+        """Return the scenarios that an episode is drawn from: the variants, or itself."""
+        return tuple(self._with(variant) for variant in self.variants) or (self,)
+
+    def _with(self, variant: dict[str, Any]) -> "Scenario":
+        data = self.model_dump(exclude={"variants"})
+        for pair in ALTERNATIVES:
+            if any(field in variant for field in pair):
+                data = {field: value for field, value in data.items() if field not in pair}
+        return Scenario.model_validate(data | variant)
+
+    def pinned(self) -> "Scenario":
+        """Return the scenario with nothing left to draw but arrivals and lengths.
+
+        Ranges become their middles, of lists the first is taken (of models to choose from every
+        one in turn), and there is no jitter.
+        """
+        first = self.parts()[0]
+        changes: dict[str, Any] = {
+            "platform": first.platform[:1],
+            "load": (sum(first.load) / 2,) * 2,
+            "jitter": 0.0,
+        }
+        if first.budget_fraction is not None:
+            changes["budget_fraction"] = (sum(first.budget_fraction) / 2,) * 2
+        if first.fleet is not None:
+            names, size = first.fleet.choose_from, sum(first.fleet.size) // 2
+            changes["fleet"] = None
+            changes["models"] = tuple(names[-1 - k % len(names)] for k in range(size))
+        if first.workload is not None:
+            changes["workload"] = first.workload.pinned()
+        return first.model_copy(update=changes)
+
     def sampler(self) -> "EpisodeSampler":
         """Read the profiles and prepare to draw episodes.
 
         Raises:
             InputError: A platform or model is unknown, or a model can never fit the budget.
         """
+        from mmrl.scenarios.mixture import MixedSampler
         from mmrl.scenarios.sampler import EpisodeSampler
 
-        return EpisodeSampler(self)
+        return MixedSampler(self) if self.variants else EpisodeSampler(self)
 
 
 # Pairs of fields of which a scenario has exactly one.
 ALTERNATIVES = (("budget_gb", "budget_fraction"), ("models", "fleet"), ("workload", "trace"))
+COMMON = ("name", "description", "verbs", "variants")  # what all variants share
 
 
 def build_scenario(data: dict[str, Any], where: str) -> Scenario:

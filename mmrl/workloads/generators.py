@@ -219,6 +219,23 @@ class WorkloadSpec(BaseModel):
             self.lengths.assign == "random",
         )
 
+    def pinned(self) -> "WorkloadSpec":
+        """Return the workload with ranges at their middles and the first of each list."""
+
+        def middle(spec: BaseModel, *ranges: str, **lists: Any) -> dict[str, Any]:
+            middles = {name: (sum(getattr(spec, name)) / 2,) * 2 for name in ranges}
+            return middles | {k: v[0] if isinstance(v, list) else v for k, v in lists.items()}
+
+        arrivals, popularity, lengths = self.arrivals, self.popularity, self.lengths
+        of_arrivals = middle(arrivals, "cv", "on_s", "off_ratio", kind=arrivals.kind)
+        return WorkloadSpec(
+            arrivals=arrivals.model_copy(update=of_arrivals),
+            popularity=popularity.model_copy(
+                update=middle(popularity, "zipf", "drift_period_s") | {"order": "fleet"}
+            ),
+            lengths=lengths.model_copy(update=middle(lengths, family=lengths.family)),
+        )
+
     def draw(self, rng: np.random.Generator, models: int) -> DrawnWorkload:
         """Draw the workload of one episode.
 

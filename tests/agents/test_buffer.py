@@ -52,6 +52,8 @@ def test_even_steps_give_the_advantages_of_stable_baselines() -> None:
         actions = rng.integers(5, size=nodes)
         rewards = rng.normal(size=nodes).astype(np.float32)
         ours.store(
+            t,
+            slice(None),
             obs,
             np.ones((nodes, 5), bool),
             actions,
@@ -73,11 +75,10 @@ def test_a_truncated_episode_bootstraps_with_the_discounted_value_of_its_last_ob
     buffer = EventTimeRolloutBuffer(
         2, spaces.Box(-1, 1, (1,)), spaces.Discrete(2), "cpu", discount_s=10 / LN2, trace_s=1.0
     )
-    for end, dt in ((True, 10.0), (False, 0.0)):
+    for step, (end, dt) in enumerate(((True, 10.0), (False, 0.0))):
         one = np.zeros(1, np.float32)
-        buffer.store(
-            one[:, None], np.ones((1, 2), bool), np.zeros(1, int), one, one, one + dt, one + end > 0
-        )
+        masks, actions, ends = np.ones((1, 2), bool), np.zeros(1, int), one + end > 0
+        buffer.store(step, slice(None), one[:, None], masks, actions, one, one, one + dt, ends)
     buffer.finish(column(0, 0), np.array([7], np.float32), column(-6, 0))
     assert buffer.advantages[:, 0] == pytest.approx([-3, 7])
 
@@ -89,6 +90,8 @@ def test_minibatches_hold_every_decision_once_with_normal_advantages() -> None:
     for t in range(8):
         marks = (t * 5 + np.arange(5)).astype(np.float32)
         buffer.store(
+            t,
+            slice(None),
             np.stack((marks, marks), axis=1),
             np.ones((5, 3), bool),
             np.full(5, t % 3),

@@ -9,8 +9,10 @@ import pytest
 import torch as th
 from safetensors.numpy import load_file, save_file
 
+from mmrl.agents import export
 from mmrl.agents.export import (
     DESCRIPTION,
+    FULL,
     WEIGHTS,
     ExportedPolicy,
     PolicyCard,
@@ -18,7 +20,9 @@ from mmrl.agents.export import (
     load_policy,
     save_policy,
 )
+from mmrl.agents.nodes import TrainingNodes
 from mmrl.errors import InputError
+from mmrl.node.actions import VERBS
 from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES
 from mmrl.rules import get_rule
 
@@ -143,3 +147,43 @@ def test_a_policy_without_prior_needs_no_suggestion(recorded: Any, tmp_path: Pat
     observations = recorded.observations[:50, : recorded.layout.public_size]
     actions = policy.act(observations, recorded.masks[:50])
     assert recorded.masks[np.arange(50), actions].all()
+
+
+def test_one_policy_under_both_verb_sets(busy: Any, make_policy: Any) -> None:
+    rule = get_rule("slack")
+    nodes = TrainingNodes([busy], 16, rule, privileged=False, seed=0, full_verbs=True)
+    network = make_policy(nodes.layout)
+    card = PolicyCard(
+        global_features=GLOBAL_FEATURES,
+        model_features=MODEL_FEATURES,
+        verb_set="both",
+        verbs=VERBS,
+        without=("pause",),
+        width=32,
+        prior=PriorRule.of(rule),
+    )
+    weights = {k: v.numpy() for k, v in network.actor.state_dict().items()}
+    policy = ExportedPolicy(card, weights)
+    assert policy.plays(True) and policy.plays(False) and policy.full_verbs
+    padded, own = nodes.reset(), nodes.parts[0].batch.layout
+    places = [0] + [1 + m * 9 + VERBS.index(v) for m in range(own.max_models) for v in own.verbs]
+    core = nodes.parts[0].batch.observe()
+    assert core.shape[1] < padded.shape[1]
+    expected = network.actor(th.from_numpy(padded)).detach().numpy()
+    banned = np.array([name.endswith(".pause") for name in own.action_names])
+    logits = policy.logits(core)
+    assert np.allclose(logits[:, ~banned], expected[:, places][:, ~banned], atol=1e-4)
+    assert (logits[:, banned] < -1e7).all()
+    padded[:, FULL] = 1.0  # the same numbers as they would stand under the full verbs
+    allowed = [not name.endswith(".pause") for name in nodes.layout.action_names]
+    with_full = network.actor(th.from_numpy(padded)).detach().numpy()
+    assert np.allclose(policy.logits(padded)[:, allowed], with_full[:, allowed], atol=1e-4)
+    nodes.close()
+
+
+def test_the_shipped_policy_by_name(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "DEFAULT_FOLDER", exported)
+    assert load_policy("default").card == load_policy(exported).card
+    monkeypatch.setattr(export, "DEFAULT_FOLDER", exported / "none")
+    with pytest.raises(InputError, match=r"no default policy is shipped.*train one"):
+        load_policy("default")

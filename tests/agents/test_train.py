@@ -1,19 +1,24 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.logger import Logger
 from typer.testing import CliRunner
 
 from mmrl.agents import runs
+from mmrl.agents.callback import RunCallback
 from mmrl.agents.config import TrainConfig, build_config
 from mmrl.agents.export import load_policy
 from mmrl.agents.nodes import TrainingNodes
-from mmrl.agents.train import resume, train
+from mmrl.agents.runner import play
+from mmrl.agents.train import CRITIC_FIRST, read_config, resume, train
 from mmrl.cli.app import app
 from mmrl.errors import InputError
+from mmrl.node.actions import VERBS
 from mmrl.node.state import NODE, REQUEST
 from mmrl.rules import get_rule
 from mmrl.scenarios.registry import DATA, get_scenario
@@ -116,6 +121,31 @@ def test_what_a_run_leaves(scenario: str, tmp_path: Path) -> None:
         train(small(scenario, tmp_path, steps=1536, name="it"))
 
 
+def test_a_run_that_ends_by_the_clock_is_evaluated_at_its_end(
+    scenario: str, tmp_path: Path
+) -> None:
+    folder = train(small(scenario, tmp_path, name="clock", time_s=0.5, eval_every=10**6))
+    metrics = runs.read_metrics(folder)
+    assert metrics["eval/step"].max() == metrics["step"].max() == state(folder)["steps"] > 0
+    assert load_policy(folder / runs.LAST).card.steps == metrics["step"].max()
+
+
+def test_the_first_sure_gain_is_noted(scenario: str, tmp_path: Path) -> None:
+    config = small(scenario, tmp_path, name="x")
+    callback = RunCallback(config, [], None, tmp_path, None)
+    callback.model = SimpleNamespace(logger=Logger(None, []))  # type: ignore[assignment]
+    noted = callback.logger.name_to_value
+    callback._groups = ["h200_core"] * 4
+    callback._compare(np.array([0.1, -0.1, 0.1, 0.0]))  # within the noise
+    assert "eval/beat_steps" not in noted
+    callback.num_timesteps = 512
+    callback._compare(np.array([0.1, 0.11, 0.09, 0.1]))
+    callback.num_timesteps = 1024
+    callback._compare(np.array([0.2, 0.21, 0.19, 0.2]))
+    assert noted["eval/beat_steps"] == 512
+    assert noted["eval/beat_s"] >= 0
+
+
 def test_scenarios_are_mixed_and_padded_to_the_largest_fleet(scenario: str) -> None:
     busy, six = get_scenario(scenario), get_scenario("fast")
     nodes = TrainingNodes([busy, six], 40, get_rule("slack"), privileged=True, seed=0)
@@ -130,10 +160,90 @@ def test_scenarios_are_mixed_and_padded_to_the_largest_fleet(scenario: str) -> N
     nodes.close()
 
 
-def test_different_verb_sets_are_not_mixed(scenario: str) -> None:
-    both = [get_scenario(scenario), get_scenario("code")]
-    with pytest.raises(InputError, match="different verb sets"):
-        TrainingNodes(both, 40, None, privileged=False, seed=0)
+def test_core_and_full_verbs_share_one_layout(scenario: str) -> None:
+    core = get_scenario(scenario)
+    full = core.model_copy(update={"verbs": "full"})
+    rule = get_rule("slack")
+    mixed = TrainingNodes([core, full], 32, rule, privileged=True, seed=0)
+    alone = TrainingNodes([core], 16, rule, privileged=True, seed=0)  # the same seeds
+    layout, own = mixed.layout, alone.layout
+    assert layout.full_verbs and not own.full_verbs
+    places = [0] + [
+        1 + m * 9 + VERBS.index(verb) for m in range(own.max_models) for verb in own.verbs
+    ]
+    seen, expected = mixed.reset()[:16], alone.reset()
+    for step in range(60):
+        masks, mine = mixed.action_masks(), alone.action_masks()
+        assert np.array_equal(masks[:16, places], mine)
+        assert masks[:16].sum() == mine.sum()  # no other verb is legal under the core verbs
+        public = layout.public_size
+        assert np.array_equal(seen[:, :public], expected[:, :public])
+        suggested = seen[:, public : layout.actor_size]
+        assert np.array_equal(suggested[:, places], expected[:, public : own.actor_size])
+        assert np.array_equal(seen[:, layout.actor_size :], expected[:, own.actor_size :])
+        chosen = [np.flatnonzero(row)[step % row.sum()] for row in mine]
+        actions = masks.argmax(axis=1)
+        actions[:16] = np.array(places)[chosen]
+        seen, rewards = (array[:16] for array in mixed.step(actions)[:2])
+        expected, expected_rewards = alone.step(np.array(chosen))[:2]
+        assert np.array_equal(rewards, expected_rewards)
+    mixed.close()
+    alone.close()
+
+
+def test_one_policy_for_both_verb_sets(scenario: str, tmp_path: Path) -> None:
+    folder = train(small(scenario, tmp_path, steps=1024, name="both", verbs="both"))
+    policy = load_policy(folder / runs.LAST)
+    assert policy.card.verb_set == "both" and len(policy.card.verbs) == 9
+    for verbs in ("core", "full"):
+        sampler = get_scenario(scenario, verbs=verbs).sampler()
+        assert len(play(policy, sampler, [("dev", 0)])) == 1
+    metrics = runs.read_metrics(folder)
+    assert {"gain/h200_core", "gain/h200_full"} <= set(metrics)
+    assert metrics.loc[0, ["gain/h200_core", "gain/h200_full"]].tolist() == [0, 0]  # the rule
+
+
+def test_training_goes_on_from_a_policy(scenario: str, tmp_path: Path) -> None:
+    first = train(small(scenario, tmp_path, steps=1024, name="first", verbs="both"))
+    trained = load_policy(first)
+    for start in (first, first / runs.BEST):
+        config = small(
+            scenario, tmp_path, steps=1024, name=f"on-{start.name}", start=str(start), width=7
+        )
+        folder = train(config)
+        begun = load_policy(folder / runs.STEP0)
+        assert begun.card.verb_set == "both" and begun.rule == trained.rule
+        for name, array in trained.weights.items():
+            assert np.array_equal(begun.weights[name], array)
+        kept = read_config(folder)
+        assert kept.width == trained.card.width
+        assert kept.critic_first == (None if start == first else CRITIC_FIRST)
+        ended = load_policy(folder / runs.LAST)
+        moved = any(not np.array_equal(ended.weights[n], w) for n, w in begun.weights.items())
+        assert moved == (start == first)  # else only the critic learns at first
+        resume(folder, steps=1536)
+    with pytest.raises(InputError, match="no default policy is shipped"):
+        train(small(scenario, tmp_path, steps=512, name="d", start="default"))
+    core = train(small(scenario, tmp_path, steps=512, name="core"))
+    with pytest.raises(InputError, match=r"has the verbs 'core'.* has 'full'"):
+        train(small(scenario, tmp_path, name="f", start=str(core), verbs="full"))
+
+
+def test_parts_can_be_switched_off(scenario: str, tmp_path: Path) -> None:
+    off = {"elapsed_time": False, "clip_apart": False, "jitter": 0, "latency_weight": 0}
+    config = small(scenario, tmp_path, steps=512, name="off", without="pause,resume", **off)
+    (trained,) = config.trained([get_scenario(scenario, jitter=0.1)])
+    assert trained.jitter == 0
+    assert (trained.reward.miss, trained.reward.latency) == (1, 0)
+    folder = train(config)
+    policy = load_policy(folder / runs.LAST)
+    assert policy.card.without == ("pause", "resume")
+    assert not runs.read_metrics(folder)[["decisions/pause", "decisions/resume"]].any(axis=None)
+    pinned = small(scenario, tmp_path, randomise=False).trained([get_scenario("universal")])[0]
+    assert (
+        len(pinned.models or ()) == 5 and not pinned.variants and pinned.load[0] == pinned.load[1]
+    )
+    assert pinned.sampler().max_models == 5
 
 
 def test_without_prior_and_future(scenario: str, tmp_path: Path) -> None:

@@ -527,16 +527,16 @@ def test_a_failing_request_takes_no_other_with_it(closing: list[Fleet]) -> None:
     decode, poison = runner.decode, [-1]
 
     def failing(batch: Any, resident: bool) -> Any:
-        if any(one.table[0] == poison[0] for one in batch):
-            raise RuntimeError("a poisoned block")
+        if any(one.sampling.seed == poison[0] for one in batch):
+            raise RuntimeError("poisoned")
         return decode(batch, resident)
 
     runner.decode = failing  # type: ignore[method-assign]
-    good = [request(0, 20, 30, seed, sampling=Sampling(0.0)) for seed in range(3)]
-    for number, one in enumerate(good):
-        engine.submit(number, one)
+    for number in range(3):
+        sampling = Sampling(0.0, seed=number)
+        engine.submit(number, request(0, 20, 30, number, sampling=sampling))
     run(engine, lambda: all(len(heard.tokens.get(n, [])) > 2 for n in range(3)))
-    poison[0] = engine.models[0].pool.table(1)[0]
+    poison[0] = 1
     run(engine, lambda: len(heard.finish) == 3)
     assert heard.finish[1] is Finish.ERROR and "poisoned" in heard.errors[1]
     assert heard.finish[0] is heard.finish[2] is Finish.LENGTH

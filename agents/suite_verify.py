@@ -1,0 +1,238 @@
+"""`verify`: play a random sample of a benchmark's episodes again and compare bit for bit.
+
+Checked besides: the version of the suite, the hash of each cell, the rules' tuned parameters, the
+learned policies' files, and that the figures follow from the episodes.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmrl.agents.play import Piece, Played, stream
+from mmrl.agents.suite import EPISODES, RESULT, read
+from mmrl.agents.suite_policies import Entry, entries, policy_hash
+from mmrl.agents.suite_results import Row, rows_of
+from mmrl.agents.suite_run import NUMBERS, Task, code_hash, trace_cells
+from mmrl.errors import InputError
+from mmrl.scenarios.suite import Cell, Suite, get_suite
+from mmrl.workloads.trace import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SAMPLE = 24
+TOLERANCE = 1e-9  # relative, of means that are computed again
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What verifying found.
+
+    Attributes:
+        problems: What is wrong with the result, empty where nothing is.
+        notes: What could not be checked, and why.
+        replayed: A row per replayed episode: ``cell``, ``policy``, ``episode``, ``same`` and, where
+            it is not, the metric that differs first (``differs``).
+    """
+
+    problems: list[str]
+    notes: list[str]
+    replayed: list[Row]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that was checked is as the result says."""
+        return not self.problems and all(row["same"] for row in self.replayed)
+
+
+def verify(
+    path: Path,
+    *,
+    traces: Sequence[Path] = (),
+    sample: int = SAMPLE,
+    seed: int | None = None,
+    workers: int = 1,
+) -> Verification:
+    """Verify a benchmark result.
+
+    Args:
+        path: Its ``result.json`` or folder.
+        traces: Files of the trace, where the result has cells of one.
+        sample: How many (cell, policy, episode) to play again, half of them of learned policies.
+        seed: Of the sample; another one each time unless given.
+        workers: How many processes.
+
+    Raises:
+        InputError: There is no result, or the suite is unknown here.
+    """
+    import pandas as pd
+
+    result = read(path)
+    folder = path if path.is_dir() else path.parent
+    suite = get_suite(result["suite"])
+    problems, notes = _versions(result, suite)
+    try:
+        data = (folder / EPISODES).read_bytes()
+    except OSError as error:
+        remedy = f"it belongs beside {RESULT}"
+        raise InputError(f"{folder / EPISODES}: cannot read: {error}", remedy) from error
+    if hashlib.sha256(data).hexdigest() != result["episodes_sha256"]:
+        problems.append(f"{EPISODES} is not the file that {RESULT} was made from")
+    table = pd.read_parquet(folder / EPISODES)
+    problems += _figures(result, table)
+    cells = _cells(result, suite, traces, problems, notes)
+    who = _entries(result, suite, [cell for cell, _ in cells.values()], folder, problems)
+    rng = np.random.default_rng(seed)
+    return Verification(problems, notes, _replay(suite, table, cells, who, sample, rng, workers))
+
+
+def _versions(result: dict[str, Any], suite: Suite) -> tuple[list[str], list[str]]:
+    problems, notes = [], []
+    if result["suite_hash"] != suite.hash:
+        problems.append(f"suite {suite.name} is another version here than that of the result")
+    if result["code_hash"] != code_hash():
+        notes.append("the simulator's source is another one here; episodes may differ for that")
+    return problems, notes
+
+
+def _figures(result: dict[str, Any], table: "pd.DataFrame") -> list[str]:
+    """Compute the means again that the result gives."""
+    groups = table.groupby(["cell", "policy"], observed=True)[list(NUMBERS)]
+    means = groups.mean().to_dict("index")
+    for row in rows_of(result["figures"]):
+        key = row["cell"], row["policy"]
+        if key not in means:
+            return [f"{EPISODES} has no episodes of {key[1]} on {key[0]}"]
+        for name in NUMBERS:
+            ours = float(means[key][name])
+            told = float("nan") if row[name] is None else row[name]
+            if not np.isclose(ours, told, rtol=TOLERANCE, atol=0, equal_nan=True):
+                return [f"{key[1]} on {key[0]}: {name} is {ours:g}, the result says {told:g}"]
+    return []
+
+
+def _cells(
+    result: dict[str, Any],
+    suite: Suite,
+    traces: Sequence[Path],
+    problems: list[str],
+    notes: list[str],
+) -> dict[str, tuple[Cell, tuple[Trace, ...]]]:
+    """Return the cells that can be played here, and note what is wrong with others."""
+    fitted = dict[str, tuple[Cell, tuple[Trace, ...]]]()
+    if traces:
+        windows = trace_cells(suite, traces, result["episodes"])
+        fitted = {cell.name: (cell, parts) for cell, parts in windows}
+    found = {}
+    for row in rows_of(result["cells"]):
+        name = row["cell"]
+        if row["trace"] and name not in fitted:
+            notes.append(f"cell {name} plays a trace: give its files with --trace")
+            continue
+        cell, parts = fitted[name] if row["trace"] else (suite.cell(name), ())
+        if cell.hash != row["hash"]:
+            problems.append(f"cell {name} is another one here")
+        found[name] = cell, parts
+    return found
+
+
+def _entries(
+    result: dict[str, Any],
+    suite: Suite,
+    cells: Sequence[Cell],
+    folder: Path,
+    problems: list[str],
+) -> dict[str, Entry]:
+    """Return who played: rules as the suite has them, learned policies from the result's folder."""
+    rows = rows_of(result["policies"])
+    names = list(dict.fromkeys(row["opponent"] for row in rows if row["opponent"]))
+    found = {entry.name: entry for entry in entries(suite, cells, names)} if names else {}
+    for name, told in result["params"].items():
+        entry = found.get(name)
+        if entry is None or any(
+            told.get(cell, told.get("*")) != params for cell, params in entry.params.items()
+        ):
+            problems.append(f"{name}: its parameters are not those of suite {suite.name}")
+    for row in [row for row in rows if row["kind"] == "learned"]:
+        path = folder / row["folder"]
+        if policy_hash(path) != row["sha256"]:
+            problems.append(f"{row['policy']}: its files are not those that were evaluated")
+        found[row["policy"]] = Entry(
+            row["policy"],
+            "learned",
+            path=path.resolve(),
+            group=row["group"],
+            seed=row["seed"],
+            sha256=row["sha256"],
+        )
+    return found
+
+
+def _replay(
+    suite: Suite,
+    table: "pd.DataFrame",
+    cells: dict[str, tuple[Cell, tuple[Trace, ...]]],
+    who: dict[str, Entry],
+    sample: int,
+    rng: np.random.Generator,
+    workers: int,
+) -> list[Row]:
+    rows = table[table.cell.isin(list(cells)) & table.policy.isin(list(who))]
+    learned = rows.policy.isin([name for name, entry in who.items() if entry.kind == "learned"])
+    parts = [part for part in (rows[learned], rows[~learned]) if len(part)]
+    drawn = []
+    for part in parts:
+        count = min(len(part), -(-sample // len(parts)))
+        drawn += [part.iloc[k] for k in rng.choice(len(part), count, replace=False)]
+    work = []
+    for row in drawn:
+        mine = rows[(rows.cell == row["cell"]) & (rows.policy == row["policy"])]
+        episodes = tuple(sorted(mine.episode.tolist()))
+        work.append(
+            _piece(suite, *cells[row["cell"]], who[row["policy"]], episodes, row["episode"])
+        )
+    found: list[Row] = [{} for _ in work]
+    for k, played in stream(work, workers):
+        found[k] = _compared(drawn[k], played)
+    return found
+
+
+def _piece(
+    suite: Suite,
+    cell: Cell,
+    traces: tuple[Trace, ...],
+    entry: Entry,
+    episodes: tuple[int, ...],
+    episode: int,
+) -> Piece:
+    """Return what plays an episode as it was played.
+
+    A learned policy decides for episodes side by side: its matrix products depend in the last bit
+    on how many there are, so that all of them are played. A rule decides for each by itself.
+    """
+    task = Task(cell, entry, episodes, traces[: len(episodes)], Path())
+    piece = next(piece for piece in task.pieces(suite) if episode in piece.episodes)
+    if entry.kind != "rule":
+        return piece
+    k = piece.episodes.index(episode)
+    return replace(piece, episodes=(episode,), traces=piece.traces[k : k + 1])
+
+
+def _compared(told: "pd.Series[Any]", played: Played) -> Row:
+    row = next(row for row in played.episodes if row["episode"] == told["episode"])
+    differs = [
+        name
+        for name in NUMBERS
+        if not np.array_equal(np.float64(row[name]), np.float64(told[name]), equal_nan=True)
+    ]
+    head = {name: told[name] for name in ("cell", "policy")}
+    return {
+        **head,
+        "episode": int(told["episode"]),
+        "same": not differs,
+        "differs": differs[0] if differs else "",
+    }

@@ -1,0 +1,204 @@
+"""What each part of training, and each verb, is worth: the same steps without it, several seeds.
+
+    python benchmarks/ablation.py [--scenario universal] [--verbs both] [--steps 10M] [--seeds 3]
+        [--episodes 300] [--eval-episodes 200] [--threads 2] [--only no-prior,no-focus]
+        [--out runs/ablation] [--page docs/ablation.md]
+
+Every variant trains with the same settings but one. The best policy of each run then plays the same
+test episodes, paired with the variant that has everything and with the slack rule. May be stopped
+at any time: runs go on where they were, and what has been played is not played again. Results go to
+``ablation.json`` in the folder of the runs and, with ``--page``, to a table in Markdown.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from mmrl.agents import runs
+from mmrl.agents.config import TrainConfig, build_config
+from mmrl.agents.export import load_policy
+from mmrl.agents.progress import ProgressBar
+from mmrl.agents.runner import play
+from mmrl.agents.state import read_state
+from mmrl.agents.train import resume, train
+from mmrl.cli.train import UNITS, number
+from mmrl.files import write_json
+from mmrl.rollout import Episode, EpisodeResult, rollout
+from mmrl.rules import get_rule
+from mmrl.scenarios.registry import get_scenario
+from mmrl.stats import bootstrap
+
+ALL = "all"
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    ALL: ("everything", {}),
+    "no-prior": ("no residual on the champion", {"prior": None}),
+    "partial-prior": ("residual on the rule with levels", {"prior": "partial"}),
+    "no-future": ("critic without the future", {"privileged": False}),
+    "joint-clip": ("gradients of actor and critic clipped together", {"clip_apart": False}),
+    "even-discount": ("discount by decision, not by time", {"elapsed_time": False}),
+    "no-latency": ("reward without the latency term", {"latency_weight": 0.0}),
+    "no-miss": ("reward without misses", {"miss_weight": 0.0, "latency_weight": 1.0}),
+    "no-jitter": ("costs as profiled", {"jitter": 0.0}),
+    "no-randomisation": ("one fleet, platform and load", {"randomise": False}),
+}
+VERBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "no-out": ("may not put a model out", {"without": ("out",)}),
+    "no-pause": ("may not pause", {"without": ("pause", "resume")}),
+    "no-levels": (
+        "may not load partial levels",
+        {"without": ("level0", "level25", "level50", "level75")},
+    ),
+    "no-focus": ("may not focus", {"without": ("focus",)}),
+}
+MEASURES = ("goodput", "goodput_worst_model", "norm_latency", "ttft_p99_s")
+
+
+def run(config: TrainConfig) -> Path:
+    """Train, or go on with, a run; return its folder at once if it is complete."""
+    folder = config.out / config.name
+    with ProgressBar(config.steps, config.time_s) as bar:
+        if not (folder / runs.STATE).exists():
+            train(config, bar)
+        elif read_state(folder)["steps"] < config.steps:
+            resume(folder, config.steps, None, bar)
+    if read_state(folder)["steps"] < config.steps:
+        raise SystemExit(f"stopped in {config.name}; the same command goes on from here")
+    return folder
+
+
+def measure(results: list[EpisodeResult]) -> dict[str, list[float]]:
+    """Return each measure of each episode; an episode without requests went well."""
+    empty = {"goodput": 1.0, "goodput_worst_model": 1.0}
+    return {
+        name: [
+            empty.get(name, 0.0) if np.isnan(value) else float(value)
+            for value in (result.metrics[name] for result in results)
+        ]
+        for name in MEASURES
+    }
+
+
+def table(found: dict[str, dict[str, Any]], seeds: int) -> list[str]:
+    """Return the rows of a Markdown table, one per variant that has been measured."""
+    header = ["variant", "goodput", "less everything", "over slack", "worst model", "norm. latency"]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    slack = np.array(found["slack"]["goodput"])
+    whole = _stack(found, ALL, seeds, "goodput")
+    for name, (what, _) in (PARTS | VERBS).items():
+        goodput = _stack(found, name, seeds, "goodput")
+        if goodput is None:
+            continue
+        cells = [f"{what} (`{name}`)", f"{goodput.mean():.4f}"]
+        cells.append(_points(goodput, whole) if name != ALL and whole is not None else "")
+        cells.append(_points(goodput, slack))
+        for measure_name in ("goodput_worst_model", "norm_latency"):
+            values = _stack(found, name, seeds, measure_name)
+            assert values is not None
+            cells.append(f"{values.mean():.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _stack(
+    found: dict[str, dict[str, Any]], name: str, seeds: int, measure_name: str
+) -> np.ndarray | None:
+    """Return a measure, float64[seeds, episodes]; None where a seed is missing."""
+    wanted = [f"{name}-s{seed}" for seed in range(seeds)]
+    if any(key not in found for key in wanted):
+        return None
+    return np.array([found[key][measure_name] for key in wanted])
+
+
+def _points(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """Say a difference in points: interval over episodes, and the range of the seeds."""
+    difference = 100 * (ours - theirs)
+    by_seed = difference.mean(axis=1)
+    interval = bootstrap([difference.mean(axis=0)])
+    seeds = ", ".join(f"{value:+.1f}" for value in by_seed)
+    return f"{interval.estimate:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}] ({seeds})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--scenario", default="universal")
+    parser.add_argument("--verbs", default="both")
+    parser.add_argument("--steps", default="10M")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--episodes", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--envs", type=int, default=256)
+    parser.add_argument("--eval-episodes", type=int, default=200)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--page", type=Path)
+    given = parser.parse_args()
+    steps = int(number(given.steps, UNITS, "steps"))
+    variants = PARTS | VERBS
+    if given.only:
+        variants = {name: variants[name] for name in (ALL, *given.only.split(",")) if name}
+    settings = {
+        "scenario": given.scenario,
+        "verbs": given.verbs,
+        "steps": steps,
+        "episodes": given.episodes,
+        "envs": given.envs,
+    }
+    path = given.out / "ablation.json"
+    report: dict[str, Any] = {"settings": settings, "results": {}}
+    if path.is_file():
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if report["settings"] != settings:
+            parser.error(f"{path} holds other settings: {report['settings']}; choose another --out")
+    found = report["results"]
+    common = {
+        "scenarios": (given.scenario,),
+        "verbs": given.verbs,
+        "steps": steps,
+        "out": given.out,
+        "envs": given.envs,
+        "threads": given.threads,
+        "eval_every": max(1, steps // 20),
+        "eval_episodes": given.eval_episodes,
+    }
+    played = build_config(**common).played([get_scenario(given.scenario)])
+    samplers = [scenario.sampler() for scenario in played]
+    episodes: list[Episode] = [("test", i) for i in range(given.episodes)]
+    if "slack" not in found:
+        rule = get_rule("slack")
+        found["slack"] = measure([r for s in samplers for r in rollout(rule, s, episodes)])
+    for seed in range(given.seeds):
+        for name, (what, changes) in variants.items():
+            key = f"{name}-s{seed}"
+            if key in found:
+                continue
+            print(f"{key}: {what}", flush=True)
+            folder = run(build_config(**common, seed=seed, name=key, **changes))
+            policy = load_policy(folder)
+            found[key] = measure([r for s in samplers for r in play(policy, s, episodes)])
+            write_json(path, report)
+    lines = table(found, given.seeds)
+    print("\n".join(lines))
+    if given.page:
+        given.page.write_text("\n".join([*_head(settings, given.seeds), *lines, ""]), "utf-8")
+
+
+def _head(settings: dict[str, Any], seeds: int) -> list[str]:
+    return [
+        "# What each part is worth",
+        "",
+        f"Training on `{settings['scenario']}` (verbs: {settings['verbs']}) for "
+        f"{settings['steps']:,} decisions, {seeds} seeds; mean over {settings['episodes']} test "
+        "episodes of each verb set. Differences in points of goodput with 95 % intervals over "
+        "episodes, and in brackets each seed. Made by `benchmarks/ablation.py`.",
+        "",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Profiles of sizes that nobody has measured, between two neighbours that are profiled.
+
+The shape of the model in between is the geometric mean of its neighbours', and its costs are what
+the rule of `derive` says of that shape, times by how much the rule is off for the neighbours, mixed
+the same way. At the ends this is the neighbour itself, and in between it moves smoothly, so that a
+policy meets every size between the smallest and the largest, and no cost that hardware could not
+have. For training; what is served has a profile of its own.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from mmrl.profiles.costs import CostModel
+from mmrl.profiles.derive import PREFILL_GRID, compose_profile, rule
+from mmrl.profiles.schema import Architecture, Platform, Profile, Provenance
+
+MARK = "~"  # in front of the name of a size in between
+BATCHES, CONTEXTS = (1, 8, 32, 64), (512, 2048, 8192)
+WIDTH_STEP = 64  # widths are multiples of it
+
+
+def interpolated_profiles(
+    platform: Platform, profiles: Sequence[Profile], each: int
+) -> list[Profile]:
+    """Return profiles between each two neighbours in size, evenly on a logarithmic scale.
+
+    Args:
+        platform: Where they all run.
+        profiles: At least one; two of the same size have nothing between them.
+        each: How many between two neighbours.
+
+    Returns:
+        The new profiles, the smallest first, named by their size: ``~4.1b``.
+    """
+    known = sorted(profiles, key=lambda profile: profile.parameters)
+    return [
+        interpolated_profile(platform, low, high, step / (each + 1))
+        for low, high in itertools.pairwise(known)
+        if low.parameters < high.parameters
+        for step in range(1, each + 1)
+    ]
+
+
+def interpolated_profile(platform: Platform, low: Profile, high: Profile, share: float) -> Profile:
+    """Return the profile of a model between two: at share 0 like the first, at 1 like the second.
+
+    Args:
+        platform: Of both profiles.
+        low: A profile.
+        high: Another.
+        share: 0 to 1.
+    """
+    shape = interpolated_shape(low.architecture, high.architecture, share)
+    by, limits = rule(), platform.limits
+    costs = (CostModel(low), low.architecture), (CostModel(high), high.architecture)
+
+    def decode_s(batch: int, context: int) -> float:
+        off = [
+            cost.decode_s(batch, context) / by.decode_s(of, limits, batch, context)
+            for cost, of in costs
+        ]
+        return by.decode_s(shape, limits, batch, context) * _mix(off[0], off[1], share)
+
+    def prefill_s(tokens: int) -> float:
+        off = [cost.prefill_s(tokens) / by.prefill_s(of, limits, tokens) for cost, of in costs]
+        return by.prefill_s(shape, limits, tokens) * _mix(off[0], off[1], share)
+
+    decode: dict[tuple[int, int], float] = {}
+    prefill: dict[int, float] = {}
+    for batch in BATCHES:  # a larger job never takes less time, though ratios may wobble
+        for context in CONTEXTS:
+            smaller = [decode[b, c] for b, c in decode if b <= batch and c <= context]
+            decode[batch, context] = max([decode_s(batch, context), *smaller])
+    for tokens in PREFILL_GRID:
+        prefill[tokens] = max([prefill_s(tokens), *prefill.values()])
+    return compose_profile(
+        f"{MARK}{shape.parameters / 1e9:.2f}b",
+        shape,
+        platform,
+        list(decode),
+        lambda batch, context: decode[batch, context],
+        lambda tokens: prefill[tokens],
+        (
+            round(_mix(low.workspace_bytes, high.workspace_bytes, share)),
+            round((1 - share) * low.graphs_bytes + share * high.graphs_bytes),
+        ),
+        Provenance(
+            source=f"between {low.model} and {high.model} on {platform.name}, at {share:.2f}",
+            command="mmrl.profiles.interpolate.interpolated_profile",
+            gpu=platform.provenance.gpu,
+            link=platform.provenance.link,
+        ),
+    )
+
+
+def interpolated_shape(low: Architecture, high: Architecture, share: float) -> Architecture:
+    """Return the shape between two, all counts mixed geometrically and rounded."""
+
+    def mixed(field: str, step: int = 1) -> int:
+        value = _mix(getattr(low, field), getattr(high, field), share)
+        return max(step, round(value / step) * step)
+
+    nearer = low if share < 0.5 else high
+    kv_heads = mixed("kv_heads")
+    return nearer.model_copy(
+        update={
+            "layers": mixed("layers"),
+            "hidden_size": mixed("hidden_size", WIDTH_STEP),
+            "intermediate_size": mixed("intermediate_size", WIDTH_STEP),
+            "attention_heads": mixed("attention_heads", kv_heads),
+            "kv_heads": kv_heads,
+            "vocabulary": mixed("vocabulary", WIDTH_STEP),
+        }
+    )
+
+
+def _mix(low: float, high: float, share: float) -> float:
+    return math.exp((1 - share) * math.log(low) + share * math.log(high))

@@ -159,7 +159,12 @@ class Transfers:
         Where the state decides otherwise after all, a piece of a load is there when it comes to
         it, and a layer is dropped with its gate.
         """
-        self.h2d.drop(lambda one: isinstance(one.of, LinkBoundGate) and one.of.over())
+        # A small model may have computed all layers of an iteration before the state asks for them.
+        self.h2d.drop(
+            lambda one: (
+                isinstance(one.of, LinkBoundGate) and one.of is not self.gate and one.of.over()
+            )
+        )
         if self.h2d.unfinished is None and (of := self._following()) is not None:
             self.h2d.queue(self._job(of), Transfer(of))
             if isinstance(of, LinkBoundGate) and of is not self.gate:

@@ -64,6 +64,7 @@ from mmrl.rules.slack import (
     resides,
     slack_ns,
     stake,
+    urgency_ns,
 )
 
 CELLS = 64  # into which the room that is needed is divided
@@ -324,13 +325,7 @@ def raise_most_urgent(
         if not short(s, r, m) or not legal(s, r, m, load_verb(s, r, m)):
             continue
         load = raise_ns(s, m, level_pieces(s, m, load_verb(s, r, m)))
-        urgency = int(NEVER) - 1
-        queued = min(s.queue_len[m], SCANNED)
-        for k in range(queued + s.begun_len[m]):
-            request = r[s.queue[m, k]] if k < queued else r[s.begun[m, k - queued]]
-            slack = slack_ns(s, request, prefill_tables) - load
-            if 0 <= slack < urgency:
-                urgency = slack
+        urgency = urgency_ns(s, r, m, load, prefill_tables)
         if urgency < most_urgent:
             most_urgent = urgency
             chosen = m

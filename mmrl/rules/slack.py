@@ -152,6 +152,22 @@ def stake(
 
 
 @jit
+def urgency_ns(s: Record, r: Nodes, m: int, load: int, prefill_tables: CostTable) -> int:
+    """Return the least slack, after a load of so long, of requests that can still meet targets.
+
+    Just below NEVER where there is none.
+    """
+    urgency = int(NEVER) - 1
+    queued = min(s.queue_len[m], SCANNED)
+    for k in range(queued + s.begun_len[m]):
+        request = r[s.queue[m, k]] if k < queued else r[s.begun[m, k - queued]]
+        slack = slack_ns(s, request, prefill_tables) - load
+        if 0 <= slack < urgency:
+            urgency = slack
+    return urgency
+
+
+@jit
 def load_most_urgent(s: Record, r: Nodes, prefill_tables: CostTable) -> int:
     """Return the load of the most urgent model that fits once idle models are evicted, or WAIT.
 
@@ -165,13 +181,7 @@ def load_most_urgent(s: Record, r: Nodes, prefill_tables: CostTable) -> int:
         load = load_if_legal(s, r, m)
         if load == 0:
             continue
-        urgency = int(NEVER) - 1
-        queued = min(s.queue_len[m], SCANNED)
-        for k in range(queued + s.begun_len[m]):
-            request = r[s.queue[m, k]] if k < queued else r[s.begun[m, k - queued]]
-            slack = slack_ns(s, request, prefill_tables) - load_ns(s, m)
-            if 0 <= slack < urgency:
-                urgency = slack
+        urgency = urgency_ns(s, r, m, load_ns(s, m), prefill_tables)
         if urgency < most_urgent:
             most_urgent = urgency
             action = load

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from mmrl.deploy.clock import D2H
 from mmrl.deploy.memory import HostArena, copy_async
 from mmrl.deploy.protocol import Finish
 from mmrl.deploy.rig import Rig
@@ -218,40 +219,54 @@ def _() -> dict[str, Any]:
 
 @section("beside")
 def _() -> dict[str, Any]:
-    """Decode of a resident 3B alone, beside a streaming 7B, and beside a loading 7B."""
+    """Decode of a resident 3B beside a streaming and a loading 7B, each between steps alone.
+
+    Contexts grow all the while, and a step with them.
+    """
     rig = rig_of([SMALL, SEVEN], 60)
     rig.level(SMALL, LEVEL_100)
     out: dict[str, Any] = {}
 
-    def steps(during: Callable[[], bool]) -> float:
-        rig.steps.clear()
-        rig.until(during)
+    def step_s() -> float:
         return statistics.median(
             took for m, kind, batch, took, _, _ in rig.steps if m == 0 and kind == DECODE_STEP
         )
 
+    def steps(during: Callable[[], bool]) -> float:
+        rig.steps.clear()
+        rig.until(during)
+        return step_s()
+
+    def alone() -> float:
+        return steps(lambda: len(rig.steps) >= 100)
+
     for _ in range(8):
         rig.submit(SMALL, 256, 4000)
     rig.until(lambda: rig.node.state.decoding[0] == 8)
-    alone = steps(lambda: len(rig.steps) >= 200)
-    rig.level(SEVEN, LEVEL_0)
-    other = [rig.submit(SEVEN, 128, 30) for _ in range(8)]
-    streaming = steps(lambda: rig.finished(other))
-    out["7B's step while it streams, s"] = statistics.median(rig.gaps(other[-1], 8))
-    load: list[float] = []
+    ratios: dict[str, list[float]] = {"stream": [], "load": []}
+    before = first = alone()
     for _ in range(3):
-        rig.act(SEVEN, OUT)
-        rig.until(lambda: rig.node.state.granted[1] == 0)
+        rig.level(SEVEN, LEVEL_0)
+        other = [rig.submit(SEVEN, 128, 5) for _ in range(2)]
+        busy = steps(lambda o=other: rig.finished(o))
+        out["7B's step while it streams, s"] = statistics.median(rig.gaps(other[-1], 1))
+        after = alone()
+        ratios["stream"].append(busy / ((before + after) / 2))
+        rig.level(SEVEN, OUT)
+        before = alone()
         rig.steps.clear()
         rig.level(SEVEN, LEVEL_100)
-        load += [took for m, kind, _, took, _, _ in rig.steps if m == 0 and kind == DECODE_STEP]
-    loading = statistics.median(load)
+        busy = step_s()
+        rig.level(SEVEN, OUT)
+        after = alone()
+        ratios["load"].append(busy / ((before + after) / 2))
+        before = after
     rig.clear()
     rig.close()
     return {
-        "alone_s": alone,
-        "beside a stream": streaming / alone,
-        "beside a load": loading / alone,
+        "alone_s": first,
+        "beside a stream": statistics.median(ratios["stream"]),
+        "beside a load": statistics.median(ratios["load"]),
         "both": "<= 1.1",
         **out,
     }
@@ -332,23 +347,22 @@ def _() -> dict[str, Any]:
     s, live = rig.node.state, rig.engine.models[0]
     number = rig.submit(SEVEN, 4096, 2000)
     rig.until(lambda: len(rig.times[number]) > 4)
-    saves, restores, returns = [], [], []
+    saves, returns = [], []
     for _ in range(5):
         before = int(s.kv_save_bytes[0]), int(s.kv_restore_bytes[0])
-        busy = int(s.d2h_busy_ns)
+        rig.transfers.clear()
         rig.act(SEVEN, OUT)
         rig.until(lambda: s.granted[0] == 0 and s.saved[0] == 1)
         saved = int(s.kv_save_bytes[0]) - before[0]
-        saves.append(saved / ((int(s.d2h_busy_ns) - busy) / 1e9) / link)
+        (save,) = [one for one in rig.transfers if one.worker == D2H]
+        saves.append(saved / ((save.ended_ns - save.begun_ns) / 1e9) / link)
         rig.act(SEVEN, LEVEL_100)
         begun = time.perf_counter()
-        h2d = int(s.h2d_busy_ns)
         rig.until(lambda: s.decoding[0] == 1)
         restored = int(s.kv_restore_bytes[0]) - before[1]
         weights = sum(live.weights.piece_bytes)
         rig.until(lambda: s.landed[0] == s.pieces[0])
         returns.append((time.perf_counter() - begun) / ((weights + restored) / link))
-        restores.append((int(s.h2d_busy_ns) - h2d) / 1e9 - weights / link)
         count = len(rig.times[number])
         rig.until(lambda c=count: len(rig.times[number]) > c + 2)
     pool, host = live.pool, rig.engine.host_kv

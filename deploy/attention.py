@@ -8,7 +8,8 @@ newest token of each of many. What differs between families comes with the call:
 window, soft cap. Query heads that share keys and values are computed together, nothing is repeated.
 
 On a GPU this is torch's flash attention for a prefill, and the kernels of `mmrl.deploy.kernels` for
-a decode and for what flash attention cannot do. On a CPU it is plain torch.
+a decode and for what flash attention cannot do: windows, soft caps, and a chunk whose place in its
+sequence is read on the device. On a CPU it is plain torch.
 """
 
 from abc import ABC, abstractmethod
@@ -131,10 +132,11 @@ class Prefill(Step):
         data: See `Step`.
         slots: See `Step`.
         table: Blocks of the sequence, int32.
-        start: Tokens in the pool already.
+        start: Tokens in the pool already; None if that is known on the device only.
         tokens: Tokens of the chunk.
-        count: How many of them are real, int32 ``[1]`` (on a GPU only, with ``start`` 0): padding
-            follows, whose slots are -1 and whose results mean nothing. None for all.
+        extent: Of a chunk with padding (on a GPU only): tokens in the pool already and how many of
+            the chunk are real, int32 ``[2]``. The slots of padding are -1, its results mean
+            nothing.
     """
 
     def __init__(
@@ -142,15 +144,15 @@ class Prefill(Step):
         data: torch.Tensor,
         slots: torch.Tensor,
         table: torch.Tensor,
-        start: int,
+        start: int | None,
         tokens: int,
-        count: torch.Tensor | None = None,
+        extent: torch.Tensor | None = None,
     ) -> None:
         super().__init__(data, slots)
         self.table = table
         self.start = start
         self.tokens = tokens
-        self.count = count
+        self.extent = extent
 
     def _by_token(self, states: torch.Tensor) -> torch.Tensor:
         return states[0].transpose(0, 1)
@@ -167,33 +169,35 @@ class Prefill(Step):
         softcap: float | None,
     ) -> torch.Tensor:
         """Attend from the chunk to itself and all before it."""
-        context = self.start + self.tokens
-        if window is not None and window >= context:
+        start = self.start
+        if window is not None and start is not None and window >= start + self.tokens:
             window = None
-        flash = query.dtype in (torch.float16, torch.bfloat16)
+        flash = query.dtype in (torch.float16, torch.bfloat16) and start is not None
         if query.is_cuda and not (flash and window is None and softcap is None):
             out: torch.Tensor = _kernels().prefill(
                 keys,
                 values,
                 query[0].transpose(0, 1),
                 self.table,
-                self.start,
-                self.count,
+                start or 0,
+                self.extent,
                 scale,
                 window,
                 softcap,
             )
             return out[None]
-        if self.start:
-            key, value = self._gathered(keys), self._gathered(values)
+        assert start is not None
+        if start:
+            context = start + self.tokens
+            key, value = self._gathered(keys, context), self._gathered(values, context)
         if softcap is not None:
-            out = _softcapped(query, key, value, self._mask(window), scale, softcap)
+            out = _softcapped(query, key, value, self._mask(start, window), scale, softcap)
         else:
             mask: Any = None
-            if window is not None or (self.start and not query.is_cuda):
-                mask = self._mask(window)
-            elif self.start:
-                mask = causal_lower_right(self.tokens, context)
+            if window is not None or (start and not query.is_cuda):
+                mask = self._mask(start, window)
+            elif start:
+                mask = causal_lower_right(self.tokens, start + self.tokens)
             out = F.scaled_dot_product_attention(
                 query,
                 key,
@@ -205,17 +209,16 @@ class Prefill(Step):
             )
         return out.transpose(1, 2)
 
-    def _gathered(self, pool: torch.Tensor) -> torch.Tensor:
+    def _gathered(self, pool: torch.Tensor, context: int) -> torch.Tensor:
         """Return the context of a layer, ``[1, kv_heads, context, head_dim]``."""
         blocks = pool.index_select(0, self.table)
         flat = blocks.transpose(0, 1).reshape(pool.shape[1], -1, pool.shape[3])
-        return flat[None, :, : self.start + self.tokens]
+        return flat[None, :, :context]
 
-    def _mask(self, window: int | None) -> torch.Tensor:
+    def _mask(self, start: int, window: int | None) -> torch.Tensor:
         """Return what each query of the chunk sees, bool ``[tokens, context]``."""
-        device = self.data.device
-        context = torch.arange(self.start + self.tokens, device=device)
-        position = context[self.start :, None]
+        context = torch.arange(start + self.tokens, device=self.data.device)
+        position = context[start:, None]
         seen = context <= position
         return seen if window is None else seen & (context > position - window)
 

@@ -2,8 +2,9 @@
 
 One worker does the iterations of resident models, one after the other; another the one link-bound
 iteration, whose layers compute as they come. While a decode step computes, the one that surely
-follows is queued behind it, so that the device does not wait for the loop. Where the state decides
-otherwise after all, that step is dropped: it is computed again later, with the same outcome.
+follows is launched behind it and takes its tokens from it on the device, which so waits neither for
+the loop nor for Python. Where the state decides otherwise after all, that step is dropped: it is
+computed again later, with the same outcome.
 """
 
 import functools
@@ -20,7 +21,7 @@ from mmrl.deploy.runner import DecodeInput, ModelRunner
 from mmrl.deploy.served import Rows, Sequence_, ServedModel
 from mmrl.deploy.streaming import LinkBoundGate
 from mmrl.deploy.transfers import Transfers
-from mmrl.deploy.workers import Done, Inbox, Lane, Task, Worker
+from mmrl.deploy.workers import Done, Inbox, Lane, Launched, Task, Worker
 from mmrl.node.state import DECODE_STEP, IDLE
 
 
@@ -39,6 +40,8 @@ class Job(Task):
         batch: The place in sequences and result of each sequence that the state counts; all,
             but for a step ahead of the state some may have left since.
         position: Of each sequence's token in a step ahead of the state.
+        serial: Of a decode step that was launched as a whole: its number on its runner.
+        wait: Waits for it and returns its tokens.
     """
 
     model: int
@@ -50,6 +53,8 @@ class Job(Task):
     result: list[Any] = field(default_factory=list)
     batch: dict[Sequence_, int] = field(default_factory=dict)
     position: tuple[int, ...] = ()
+    serial: int = -1
+    wait: Callable[[], list[int]] | None = None
 
     def __post_init__(self) -> None:
         self.batch = {sequence: place for place, sequence in enumerate(self.sequences)}
@@ -158,23 +163,24 @@ class Iterations:
 
         def iterate() -> None:
             with gate:
-                run(False)
+                launched = run(False)
+                if launched is not None:
+                    launched.wait()
 
         self.link_bound.start(iterate, job)
         if self._real:
             self._node.end_compute()
 
-    def _prepare(self, m: int, kind: int, tokens: int) -> tuple[Callable[[bool], None], Job]:
+    def _prepare(
+        self, m: int, kind: int, tokens: int
+    ) -> tuple[Callable[[bool], Launched | None], Job]:
         """Gather the inputs of an iteration; they do not change while it runs."""
         model, node = self._models[m], self._node
         if kind == DECODE_STEP:
             job = Job(m, kind, tuple(self._rows[row] for row in node.decoding(m)), True)
             inputs = [self._input(sequence) for sequence in job.sequences]
 
-            def step(resident: bool) -> None:
-                job.result = _decode(model.runner, inputs, resident)
-
-            return step, job
+            return functools.partial(_decode, model.runner, inputs, job), job
         row = int(node.state.prefilling[m])
         sequence = self._rows[row]
         start = int(node.requests[row]["prefilled"])
@@ -227,12 +233,16 @@ class Iterations:
         ahead = Job(m, DECODE_STEP, sequences, True)
         ahead.position = tuple(one.position for one in inputs)
 
-        def step() -> None:
+        def step() -> Launched:
             ready = inputs
             if m == now.model:
-                tokens = [now.result[place] for place in places]
+                if now.serial == runner.serial:  # nothing came in between
+                    tokens: list[Any] = [-1 - place for place in places]
+                else:
+                    known = now.wait() if now.wait is not None else now.result
+                    tokens = [known[place] for place in places]
                 ready = [replace(one, token=t) for one, t in zip(inputs, tokens, strict=True)]
-            ahead.result = list(runner.decode(ready, resident=True))
+            return _launch(runner, ready, ahead)
 
         self.compute.queue(step, ahead)
 
@@ -261,14 +271,15 @@ class Iterations:
         return batch
 
 
-def _decode(runner: ModelRunner, inputs: Sequence[DecodeInput], resident: bool) -> list[Any]:
-    """Do a decode step; where it raises, one sequence at a time, so that only the guilty fails.
+def _decode(
+    runner: ModelRunner, inputs: Sequence[DecodeInput], job: Job, resident: bool
+) -> Launched | None:
+    """Launch a decode step; where it raises, do one sequence at a time: only the guilty one fails.
 
-    Returns:
-        A token or an exception for each sequence.
+    The result of the job is a token or an exception for each sequence.
     """
     try:
-        return list(runner.decode(inputs, resident=resident))
+        return _launch(runner, inputs, job, resident)
     except (torch.OutOfMemoryError, OutOfDeviceMemory):
         raise
     except Exception:
@@ -282,4 +293,18 @@ def _decode(runner: ModelRunner, inputs: Sequence[DecodeInput], resident: bool) 
             raise
         except Exception as error:
             tokens.append(error)
-    return tokens
+    job.result = tokens
+    return None
+
+
+def _launch(
+    runner: ModelRunner, inputs: Sequence[DecodeInput], job: Job, resident: bool = True
+) -> Launched:
+    """Launch a decode step whose tokens become the result of a job."""
+    job.wait = wait = runner.launch_decode(inputs, resident)
+    job.serial = runner.serial
+
+    def end() -> None:
+        job.result = list(wait())
+
+    return Launched(end)

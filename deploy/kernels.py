@@ -13,7 +13,7 @@ the grid depends on shapes alone, so that a CUDA graph of it serves any lengths.
 a group share a program and with it the loaded keys and values.
 
 A row of length 0 is padding: nothing is read or written for it and its output is zero. So it is for
-tokens of a prefill beyond the count that it reads on the device.
+tokens of a prefill beyond those that are real, which it may read on the device.
 """
 
 # Triton has no types and is there only where torch has a GPU.
@@ -29,11 +29,22 @@ MAX_SPLITS = 64
 _WAVES = 4  # programs per multiprocessor that a decode grid aims at
 
 
-@triton.jit(do_not_specialize=["count"])
-def _copy(source: tl.tensor, target: tl.tensor, count: tl.tensor, EACH: tl.constexpr) -> None:
-    """Copy ``EACH`` numbers."""
+@triton.jit(do_not_specialize=["count", "references"])
+def _copy(
+    source: tl.tensor,
+    target: tl.tensor,
+    count: tl.tensor,
+    values: tl.tensor,
+    references: tl.tensor,
+    EACH: tl.constexpr,
+) -> None:
+    """Copy ``EACH`` numbers; of the first, one below 0 stands for a value."""
     n = tl.program_id(0) * EACH + tl.arange(0, EACH)
-    tl.store(target + n, tl.load(source + n, mask=n < count), mask=n < count)
+    copied = tl.load(source + n, mask=n < count)
+    if values is not None:
+        refers = (n < references) & (copied < 0)
+        copied = tl.where(refers, tl.load(values + (-1 - copied), mask=refers, other=0), copied)
+    tl.store(target + n, copied.to(target.dtype.element_ty), mask=n < count)
 
 
 @triton.jit
@@ -202,7 +213,7 @@ def _prefill(
     value_pool: tl.tensor,
     table: tl.tensor,
     out: tl.tensor,
-    count: tl.tensor,
+    extent: tl.tensor,
     tokens: tl.tensor,
     start: tl.tensor,
     scale: tl.tensor,
@@ -235,10 +246,11 @@ def _prefill(
         mask=inside,
         other=0.0,
     )
-    position = start + m
     real = tokens
-    if count is not None:
-        real = tl.load(count)
+    if extent is not None:
+        start = tl.load(extent)
+        real = tl.load(extent + 1)
+    position = start + m
     end = start + tl.minimum((tile_of_queries + 1) * ROWS, real)
     begin = 0
     if WINDOW:
@@ -308,17 +320,26 @@ def decode_splits(rows: int, kv_heads: int, multiprocessors: int) -> int:
     return int(min(triton.next_power_of_2(wanted), MAX_SPLITS))
 
 
-def copy(source: torch.Tensor, target: torch.Tensor) -> None:
+def copy(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    values: torch.Tensor | None = None,
+    references: int = 0,
+) -> None:
     """Copy numbers between the device and page-locked host memory, as a kernel.
 
     Args:
         source: Contiguous, one-dimensional.
         target: Likewise, of its type and size.
+        values: On the device, int64: -1 - k stands for number k of them.
+        references: So many of the first numbers may.
 
     Raises:
         ValueError: One of them is host memory that the device cannot address.
     """
-    _copy[(triton.cdiv(len(source), 1024),)](source, target, len(source), EACH=1024, num_warps=4)
+    _copy[(triton.cdiv(len(source), 1024),)](
+        source, target, len(source), values, references, EACH=1024, num_warps=4
+    )
 
 
 def write(
@@ -439,14 +460,12 @@ def decode(
     return out
 
 
-def _prefill_shape(dim_p: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return tile sizes and warps that fit the shared memory and registers of a multiprocessor."""
+def _prefill_shape(tokens: int, dim_p: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return tile sizes and warps: what was fastest, of what fits a multiprocessor."""
     if dtype == torch.float32:
         return {"ROWS": 32, "TILE": 32, "num_warps": 4, "num_stages": 1}
-    if dim_p <= 64:
-        return {"ROWS": 128, "TILE": 64, "num_warps": 4, "num_stages": 3}
     if dim_p <= 128:
-        return {"ROWS": 128, "TILE": 64, "num_warps": 8, "num_stages": 2}
+        return {"ROWS": 64 if tokens <= 512 else 128, "TILE": 64, "num_warps": 4, "num_stages": 2}
     return {"ROWS": 64, "TILE": 32, "num_warps": 8, "num_stages": 2}
 
 
@@ -456,7 +475,7 @@ def prefill(
     query: torch.Tensor,
     table: torch.Tensor,
     start: int,
-    count: torch.Tensor | None,
+    extent: torch.Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -469,7 +488,8 @@ def prefill(
         query: Queries, ``[tokens, heads, head_dim]``.
         table: Blocks of the sequence, int32.
         start: Position of the first query.
-        count: How many queries are real, int32 ``[1]``; those after them are padding. None for all.
+        extent: Instead of ``start``: the position of the first query and how many are real, int32
+            ``[2]``; those after them are padding. None if all are.
         scale: Factor of the scores.
         window: Width of a sliding window, the query's own token included.
         softcap: Bound of the scores.
@@ -480,7 +500,7 @@ def prefill(
     query = _last_contiguous(query)
     tokens, heads, dim = query.shape
     _, kv_heads, block, _ = keys.shape
-    shape = _prefill_shape(triton.next_power_of_2(dim), query.dtype)
+    shape = _prefill_shape(tokens, triton.next_power_of_2(dim), query.dtype)
     out = torch.empty((tokens, heads, dim), dtype=query.dtype, device=query.device)
     _prefill[(triton.cdiv(tokens, shape["ROWS"]), heads)](
         query,
@@ -488,7 +508,7 @@ def prefill(
         values,
         table,
         out,
-        count,
+        extent,
         tokens,
         start,
         scale,

@@ -221,25 +221,31 @@ class Rig(AbstractContextManager["Rig"]):
                 raise TimeoutError(f"not within {limit_s} s")
         return time.monotonic() - begun
 
-    def on_worker(self, worker: str, job: Callable[[], Any]) -> Done:
+    def on_worker(self, worker: str, job: Callable[[], Any], times: int = 1) -> Done:
         """Have one of the engine's workers do a job, as it would an iteration or a transfer.
 
         The loop hears nothing of it; what the job uses must be no concern of the state.
 
         Args:
             worker: ``compute``, ``link-bound``, ``h2d`` or ``d2h``.
-            job: Returns when its work is done on the device.
+            job: As workers take them.
+            times: How often; where it only launches work, one is begun behind the other.
+
+        Returns:
+            Its end, the last one.
 
         Raises:
             Exception: What the job raised.
         """
-        task = Task()
-        self.engine.workers[worker].submit(job, task)
-        self.engine.inbox.wait(lambda: task.done is not None)
-        assert task.done is not None
-        if task.done.error is not None:
-            raise task.done.error
-        return task.done
+        tasks = [Task() for _ in range(times)]
+        for task in tasks:
+            self.engine.workers[worker].submit(job, task)
+        self.engine.inbox.wait(lambda: all(task.done is not None for task in tasks))
+        ends = [task.done for task in tasks if task.done is not None]
+        for end in ends:
+            if end.error is not None:
+                raise end.error
+        return ends[-1]
 
     def clear(self) -> None:
         """End all requests, and forget the steps and transfers so far."""

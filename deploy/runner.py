@@ -6,13 +6,19 @@ are there and not with the longest possible context. On a GPU a small copy is ma
 addresses the page-locked buffer itself: a copy engine would have it wait behind the gigabytes of
 weights that another thread is moving.
 
-On a GPU a decode step of a resident model, and a chunk that begins a sequence, replay a CUDA
-graph, one for each of some batch sizes and chunk lengths: a step of a 7B model launches over a
-thousand small kernels, and launched one by one they take longer than the reading of the weights. A
-graph names addresses only; weights and KV lie at addresses that outlive evictions, and what changes
-from step to step is read from the staging buffer, so a graph once captured stays good. Rows of a
-graph beyond the batch have length 0 and touch nothing. Tokens of a graph beyond the chunk are
-computed and thrown away: they come after the real ones, which do not see them, and have no slot.
+A decode step can be launched before the one before it has ended: its tokens are then taken from
+there on the device, and the GPU never waits for the host. So what the host writes for a step is
+there twice (`_Page`).
+
+On a GPU a decode step of a resident model, and a chunk of a prefill, replay a CUDA graph, one for
+each of some batch sizes and chunk lengths: a step of a 7B model launches hundreds of small kernels,
+and launched one by one they take longer than the reading of the weights. A graph names addresses
+only; weights and KV lie at addresses that outlive evictions, and what changes from step to step is
+read from the staging buffer, so a graph once captured stays good. Rows of a graph beyond the batch
+have length 0 and touch nothing. Tokens of a graph beyond the chunk are computed and thrown away:
+they come after the real ones, which do not see them, and have no slot. Chunks that begin a sequence
+have graphs of their own, with torch's flash attention; those that go on are longer as a rule, and
+have fewer.
 """
 
 import functools
@@ -27,6 +33,7 @@ import torch
 from torch import nn
 
 from mmrl.deploy.attention import Decode, Prefill, use_paged_attention
+from mmrl.deploy.fuse import fuse
 from mmrl.deploy.kv import BLOCK_TOKENS, KVPool, Table
 from mmrl.deploy.sampling import PARAMETERS, Choice, choose, forbid
 from mmrl.node.state import CHUNK_TOKENS
@@ -34,12 +41,13 @@ from mmrl.node.state import CHUNK_TOKENS
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MAX_BATCH = BATCH_SIZES[-1]
 CHUNK_SIZES = (16, 32, 64, 96, *range(128, 1024, 64), *range(1024, CHUNK_TOKENS + 1, 128))
+LATER_SIZES = (64, *range(256, CHUNK_TOKENS + 1, 256))  # of chunks that go on
 
 # Rows of a decode step in the staging buffer, MAX_BATCH numbers each; the packed tables follow.
 _TOKEN, _POSITION, _LENGTH, _SLOT, _START, _NO_EOS = range(6)
 _HEADER = 6 * MAX_BATCH
 # A chunk there: these numbers, its tokens, their slots and the table, each part aligned.
-_COUNT, _LAST, _CHUNK_NO_EOS = range(3)
+_BEGIN, _COUNT, _LAST, _CHUNK_NO_EOS = range(4)
 _ALIGNMENT = 4  # numbers: kernels are compiled apart for addresses that are no multiple of 16 bytes
 _CHUNK_HEADER = _ALIGNMENT
 _KERNEL_COPY_BYTES = 64 << 10  # of larger ones the copy engine is faster
@@ -50,7 +58,8 @@ class DecodeInput:
     """A sequence of a decode step.
 
     Attributes:
-        token: Its last token, whose keys and values are not in the pool yet.
+        token: Its last token, whose keys and values are not in the pool yet; -1 - k is the token
+            that sequence k of the iteration launched before gets, a decode step.
         position: Position of this token: the tokens before it.
         table: Its blocks, with room for this token.
         sampling: How the next token is chosen.
@@ -60,6 +69,34 @@ class DecodeInput:
     position: int
     table: Table
     sampling: Choice
+
+
+class _Page:
+    """What the host writes and reads for one iteration, page-locked if there is a GPU.
+
+    Args:
+        size: Numbers of the staging buffer.
+        cuda: Whether there is a GPU.
+    """
+
+    def __init__(self, size: int, cuda: bool) -> None:
+        self.host = torch.zeros(size, dtype=torch.int32, pin_memory=cuda)
+        self.words: npt.NDArray[np.int32] = self.host.numpy()
+        # Of the draws, as the words that a kernel copies.
+        words = 2 * MAX_BATCH * PARAMETERS
+        self.draws = torch.zeros(words, dtype=torch.int32, pin_memory=cuda)
+        self.answer = torch.zeros(MAX_BATCH, dtype=torch.int64, pin_memory=cuda)
+        self._event = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+
+    def mark(self) -> None:
+        """Note that all that concerns it has been launched."""
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Wait until the device has done that."""
+        if self._event is not None:
+            self._event.synchronize()
 
 
 class GraphPool:
@@ -109,6 +146,7 @@ class ModelRunner:
 
     Attributes:
         max_context: As given.
+        serial: Number of the last iteration that was launched.
     """
 
     def __init__(
@@ -122,8 +160,11 @@ class ModelRunner:
         self._module: Any = module
         self._pool = pool
         self.max_context = max_context
+        self.serial = 0
         self._device = device = pool.device
         use_paged_attention(module)
+        if device.type == "cuda":
+            fuse(module)
         _slice_long_inputs(module)
         _move_buffers(module, device)
         self._eos = torch.tensor(sorted(set(eos)), dtype=torch.int64, device=device)
@@ -132,21 +173,18 @@ class ModelRunner:
         chunk = _CHUNK_HEADER + 2 * (max_context + _ALIGNMENT) + blocks_each
         size = max(_HEADER + tables, chunk)
         cuda = device.type == "cuda"
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=cuda)
-        self._words: npt.NDArray[np.int32] = self._host.numpy()
-        self._staged = torch.zeros_like(self._host, device=device) if cuda else self._host
-        # Of the draws, as the words that a kernel copies.
-        words = 2 * MAX_BATCH * PARAMETERS
-        self._draws = torch.zeros(words, dtype=torch.int32, pin_memory=cuda)
-        self._drawn = torch.zeros_like(self._draws, device=device) if cuda else self._draws
+        self._page, self._other_page = _Page(size, cuda), _Page(size, cuda)
+        self._staged = torch.zeros(size, dtype=torch.int32, device=device)
+        self._drawn = torch.zeros_like(self._page.draws, device=device)
         self._chosen = torch.zeros(MAX_BATCH, dtype=torch.int64, device=device)
-        self._answer = torch.zeros(MAX_BATCH, dtype=torch.int64, pin_memory=cuda)
         self._graph_pool = graph_pool if cuda and not _depends_on_lengths(module) else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
-        self._chunk_graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by chunk size
-        # Padding must not go where a model with learned positions has none.
+        # By chunk size, of those that begin a sequence and of those that go on.
+        self._chunk_graphs: tuple[dict[int, torch.cuda.CUDAGraph], ...] = ({}, {})
         longest = max_context if self._graph_pool is not None else 0
-        self._chunk_sizes = [size for size in CHUNK_SIZES if size <= longest]
+        self._chunk_sizes = tuple(
+            tuple(size for size in sizes if size <= longest) for sizes in (CHUNK_SIZES, LATER_SIZES)
+        )
         self._logits: torch.Tensor | None = None  # of the last graph, [MAX_BATCH, vocabulary]
         self._copies_by_kernel = cuda
         self._multiprocessors = 0
@@ -182,10 +220,12 @@ class ModelRunner:
             raise ValueError(f"{count} tokens from {start} do not fit {len(table)} blocks")
         size = count
         graph = None
-        padded = next((size for size in self._chunk_sizes if size >= count), None)
-        if resident and start == 0 and padded is not None:
+        later = start > 0
+        padded = next((size for size in self._chunk_sizes[later] if size >= count), None)
+        if resident and padded is not None:
             size = padded
-            graph = self._chunk_graphs.get(size) or self._capture_chunk(size)
+            graph = self._chunk_graphs[later].get(size) or self._capture_chunk(size, later)
+        self._turn()
         staged = self._send(self._pack_chunk(tokens, start, table, sampling, size))
         if graph is None:
             logits = self._chunk(staged, size, start, wanted=sampling is not None)
@@ -193,21 +233,36 @@ class ModelRunner:
             graph.replay()
             logits = self._logits
         if sampling is None:
-            self._wait()
+            self._page.mark()
+            self._page.wait()
             return None
         assert logits is not None
-        return self._choose(logits, [sampling], [start + count])[0]
+        return self._choose(logits, [sampling], [start + count])()[0]
+
+    def decode(self, batch: Sequence[DecodeInput], resident: bool) -> list[int]:
+        """Compute one token of each sequence, see `launch_decode`.
+
+        Returns:
+            Their next tokens, in order. The device has done everything by then.
+        """
+        return self.launch_decode(batch, resident)()
 
     @torch.inference_mode()
-    def decode(self, batch: Sequence[DecodeInput], resident: bool) -> list[int]:
-        """Compute one token of each sequence.
+    def launch_decode(
+        self, batch: Sequence[DecodeInput], resident: bool
+    ) -> Callable[[], list[int]]:
+        """Have the device compute one token of each sequence.
+
+        Another step may be launched meanwhile, on the same stream; one after that waits for the
+        end of the first.
 
         Args:
             batch: The sequences, 1 to `MAX_BATCH`.
             resident: All weights are on the device at their own addresses: a graph may be used.
 
         Returns:
-            Their next tokens, in order. The device has done everything by then.
+            A function that waits until the device has done everything and returns their next
+            tokens, in order; any thread may call it.
         """
         rows = len(batch)
         if not 1 <= rows <= MAX_BATCH:
@@ -217,7 +272,8 @@ class ModelRunner:
         if resident and self._graph_pool is not None:
             size = next(size for size in BATCH_SIZES if size >= rows)
             graph = self._graphs.get(size) or self._capture(size)
-        staged = self._send(self._pack(batch, size))
+        self._turn()
+        staged = self._send(self._pack(batch, size), references=rows)
         if graph is None:
             longest = max(one.position for one in batch) + 1
             logits = self._step(staged, size, longest)
@@ -231,7 +287,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(
-        self, sizes: Sequence[int] = BATCH_SIZES, chunks: Sequence[int] = CHUNK_SIZES
+        self,
+        sizes: Sequence[int] = BATCH_SIZES,
+        chunks: Sequence[int] = CHUNK_SIZES,
+        later_chunks: Sequence[int] = LATER_SIZES,
     ) -> None:
         """Capture the graphs of some batch and chunk sizes now, if graphs are used at all.
 
@@ -240,9 +299,10 @@ class ModelRunner:
         if self._graph_pool is None:
             return
         # The largest first: the others fit in its memory.
-        for size in sorted(set(chunks) & set(self._chunk_sizes), reverse=True):
-            if size not in self._chunk_graphs:
-                self._capture_chunk(size)
+        for later, wanted in enumerate((chunks, later_chunks)):
+            for size in sorted(set(wanted) & set(self._chunk_sizes[later]), reverse=True):
+                if size not in self._chunk_graphs[later]:
+                    self._capture_chunk(size, bool(later))
         for size in sorted(sizes, reverse=True):
             if size not in self._graphs:
                 self._capture(size)
@@ -255,7 +315,8 @@ class ModelRunner:
         Returns:
             How many numbers it takes.
         """
-        words, count = self._words, len(tokens)
+        words, count = self._page.words, len(tokens)
+        words[_BEGIN] = start
         words[_COUNT] = count
         words[_LAST] = max(count - 1, 0)
         words[_CHUNK_NO_EOS] = sampling is not None and sampling.no_eos
@@ -269,26 +330,41 @@ class ModelRunner:
         return first_block + blocks
 
     def _chunk(
-        self, staged: torch.Tensor, size: int, start: int, wanted: bool, padded: bool = False
+        self,
+        staged: torch.Tensor,
+        size: int,
+        start: int | None,
+        wanted: bool,
+        padded: bool = False,
     ) -> torch.Tensor | None:
         """Run the model on a packed chunk; put the greedy choice into ``_chosen``.
+
+        Args:
+            staged: The staging buffer on the device.
+            size: Tokens, with padding.
+            start: Position of the first; None if it is read on the device.
+            wanted: Whether a token is to follow.
+            padded: Whether there may be padding.
 
         Returns:
             Logits of its last real token, ``[1, vocabulary]``; None if they are not wanted.
         """
         first_slot, first_block = _chunk_layout(size)
-        blocks = -(-(start + size) // BLOCK_TOKENS)
+        blocks = -(-((start or 0) + size) // BLOCK_TOKENS)
         step = Prefill(
             self._pool.data,
             staged[first_slot : first_slot + size],
-            staged[first_block : first_block + blocks],
+            staged[first_block:] if start is None else staged[first_block : first_block + blocks],
             start,
             size,
-            staged[_COUNT : _COUNT + 1] if padded else None,
+            staged[_BEGIN : _COUNT + 1] if padded else None,
         )
+        positions = torch.arange(size, device=self._device) + staged[_BEGIN]
+        # Padding must not go where a model with learned positions has none.
+        positions = positions.clamp_(max=self.max_context - 1)
         inputs = {
             "input_ids": staged[None, _CHUNK_HEADER : _CHUNK_HEADER + size].long(),
-            "position_ids": torch.arange(start, start + size, device=self._device)[None],
+            "position_ids": positions[None],
             "use_cache": False,
             "paged_step": step,
         }
@@ -301,16 +377,18 @@ class ModelRunner:
         self._chosen[:1].copy_(logits.argmax(-1))
         return logits
 
-    def _capture_chunk(self, size: int) -> torch.cuda.CUDAGraph:
-        """Capture a chunk of up to ``size`` tokens that begins a sequence."""
+    def _capture_chunk(self, size: int, later: bool) -> torch.cuda.CUDAGraph:
+        """Capture a chunk of up to ``size`` tokens that begins a sequence, or goes on."""
+        self._turn()
         self._send(self._pack_chunk([], 0, np.empty(0, np.int32), None, size))
 
         def run() -> None:
-            logits = self._chunk(self._staged, size, 0, wanted=True, padded=True)
+            start = None if later else 0
+            logits = self._chunk(self._staged, size, start, wanted=True, padded=True)
             assert logits is not None
             self._keep(logits)
 
-        self._chunk_graphs[size] = graph = self._captured(run)
+        self._chunk_graphs[later][size] = graph = self._captured(run)
         return graph
 
     def _pack(self, batch: Sequence[DecodeInput], size: int) -> int:
@@ -319,7 +397,8 @@ class ModelRunner:
         Returns:
             How many numbers it takes.
         """
-        rows = self._words[:_HEADER].reshape(-1, MAX_BATCH)
+        words = self._page.words
+        rows = words[:_HEADER].reshape(-1, MAX_BATCH)
         rows[_LENGTH, len(batch) : size] = 0
         rows[_SLOT, len(batch) : size] = -1
         rows[_TOKEN : _POSITION + 1, len(batch) : size] = 0
@@ -338,7 +417,7 @@ class ModelRunner:
                 end - _HEADER,
                 one.sampling.no_eos,
             )
-            self._words[end : end + place + 1] = one.table[: place + 1]
+            words[end : end + place + 1] = one.table[: place + 1]
             end += place + 1
         return end
 
@@ -376,6 +455,7 @@ class ModelRunner:
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
         """Capture a decode step of ``size`` rows."""
+        self._turn()
         self._send(self._pack([], size))
         self._graphs[size] = graph = self._captured(
             lambda: self._keep(self._step(self._staged, size, 0))
@@ -385,8 +465,11 @@ class ModelRunner:
     def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Return the graph of a function whose inputs have been sent."""
         assert self._graph_pool is not None
-        self._wait()
-        return self._graph_pool.capture(run, self._device)
+        torch.cuda.current_stream(self._device).synchronize()
+        chosen = self._chosen.clone()  # the next step may take its tokens from there
+        graph = self._graph_pool.capture(run, self._device)
+        self._chosen.copy_(chosen)
+        return graph
 
     def _keep(self, logits: torch.Tensor) -> None:
         """Put logits where they outlive the next graph."""
@@ -397,50 +480,69 @@ class ModelRunner:
 
     def _choose(
         self, logits: torch.Tensor, choices: Sequence[Choice], positions: Sequence[int]
-    ) -> list[int]:
-        """Return the tokens of the first rows, of which the greedy ones are in ``_chosen``."""
-        rows = len(choices)
-        if all(choice.greedy for choice in choices):
-            return self._receive(self._chosen[:rows])
-        return self._receive(choose(logits[:rows], choices, positions, self._send_draws))
+    ) -> Callable[[], list[int]]:
+        """Have the tokens of the first rows chosen, of which the greedy ones are in ``_chosen``.
 
-    def _send(self, count: int) -> torch.Tensor:
-        """Start the copy of the first numbers of the staging buffer; return it on the device."""
-        if self._staged is not self._host:
-            self._copy(self._host[:count], self._staged[:count])
+        Returns:
+            A function that waits for them and returns them.
+        """
+        page, chosen = self._page, self._chosen[: len(choices)]
+        if not all(choice.greedy for choice in choices):
+            chosen.copy_(choose(logits[: len(choices)], choices, positions, self._send_draws))
+        answer = page.answer[: len(choices)]
+        self._copy(chosen, answer)
+        page.mark()
+
+        def wait() -> list[int]:
+            page.wait()
+            return answer.tolist()
+
+        return wait
+
+    def _turn(self) -> None:
+        """Take the other page, once what was last launched with it has been done."""
+        self._page, self._other_page = self._other_page, self._page
+        self._page.wait()
+        self.serial += 1
+
+    def _send(self, count: int, references: int = 0) -> torch.Tensor:
+        """Start the copy of the first numbers of the staging buffer.
+
+        Args:
+            count: How many.
+            references: So many of the first may stand for a choice of the step before.
+
+        Returns:
+            The staging buffer on the device.
+        """
+        source, target = self._page.host[:count], self._staged[:count]
+        self._copy(source, target, references)
         return self._staged
 
     def _send_draws(self, parameters: torch.Tensor) -> torch.Tensor:
         """Start the copy of float64 ``[rows, PARAMETERS]``; return it on the device."""
         words = parameters.view(torch.int32).view(-1)
         count = len(words)
-        self._draws[:count] = words
-        if self._drawn is not self._draws:
-            self._copy(self._draws[:count], self._drawn[:count])
+        draws = self._page.draws[:count]
+        draws.copy_(words)
+        self._copy(draws, self._drawn[:count])
         return self._drawn[:count].view(torch.float64).view(parameters.shape)
 
-    def _receive(self, tokens: torch.Tensor) -> list[int]:
-        """Return tokens when the device has computed them."""
-        answer = self._answer[: len(tokens)]
-        self._copy(tokens, answer)
-        self._wait()
-        return answer.tolist()
-
-    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Start a copy between host and device."""
+    def _copy(self, source: torch.Tensor, target: torch.Tensor, references: int = 0) -> None:
+        """Start a copy between host and device, see `_send`."""
         if self._copies_by_kernel and source.nbytes <= _KERNEL_COPY_BYTES:
             from mmrl.deploy import kernels  # Triton is there only with a GPU
 
             try:
-                kernels.copy(source, target)
+                kernels.copy(source, target, self._chosen if references else None, references)
                 return
             except ValueError:  # the device cannot address page-locked memory of the host
                 self._copies_by_kernel = False
         target.copy_(source, non_blocking=True)
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        if references:
+            tokens = target[:references]
+            chosen = self._chosen[(-1 - tokens).clamp_(min=0)].to(tokens.dtype)
+            tokens.copy_(torch.where(tokens < 0, chosen, tokens))
 
 
 def _slice_long_inputs(module: nn.Module) -> None:

@@ -1,7 +1,9 @@
 """`Worker`: a thread that does one slow thing after the other and reports the end of each.
 
-A job is a plain function that returns when its work is done on the device, so that the engine's
-loop sees only beginnings and ends. On CUDA each worker has a stream of its own for its whole life.
+A job is a function that returns when its work is done on the device, or when it is launched, with a
+function that waits for its end (`Launched`): the next job is begun meanwhile, so that the device
+does not wait for Python. The engine's loop sees only beginnings and ends. On CUDA each worker has a
+stream of its own for its whole life.
 
 The loop sees a worker as a `Lane`: the task that the state knows to be under way, and what has been
 queued behind it before the state asks for it. The worker then goes on without waiting for the loop;
@@ -27,7 +29,8 @@ class Done:
         worker: Name of the worker.
         result: What the job returned; None where it raised.
         error: What it raised, or None.
-        begun_ns: When it began, on the clock of ``time.monotonic_ns``.
+        begun_ns: When it began, on the clock of ``time.monotonic_ns``; not before the end
+            of one that was launched before.
         ended_ns: When it ended.
         tag: What the job was submitted with.
     """
@@ -49,6 +52,17 @@ class Task:
     """
 
     done: Done | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """What a job returns whose work the device has still to do.
+
+    Attributes:
+        wait: Waits for it and returns the result of the job; called on another thread.
+    """
+
+    wait: Callable[[], Any]
 
 
 T = TypeVar("T", bound=Task)
@@ -92,7 +106,7 @@ class Inbox:
 
 
 class Worker:
-    """One thread; jobs are done in the order in which they come.
+    """A thread that begins jobs in the order in which they come, and one that waits for their ends.
 
     Args:
         name: Of the worker; its `Done` messages carry it.
@@ -111,19 +125,25 @@ class Worker:
         self.name = name
         self._device, self._inbox, self._high_priority = device, inbox, high_priority
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._launched: queue.SimpleQueue[tuple[Launched, int, Any] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=run, name=name + suffix, daemon=True)
+            for run, suffix in ((self._begin, ""), (self._end, "-ends"))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, job: Callable[[], Any], tag: Any = None) -> None:
         """Have a job done; its `Done` carries the tag."""
         self._jobs.put((job, tag))
 
     def close(self) -> None:
-        """Let the thread end after its job and wait for it, at most some seconds."""
+        """Let the threads end after their job and wait for them, at most some seconds."""
         self._jobs.put(None)
-        self._thread.join(timeout=10)
+        for thread in self._threads:
+            thread.join(timeout=10)
 
-    def _run(self) -> None:
+    def _begin(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             priority = -1 if self._high_priority else 0
@@ -136,9 +156,30 @@ class Worker:
                     result = job()
                 except Exception as caught:  # the loop decides what it means
                     error = caught
-                ended = time.monotonic_ns()
-                self._inbox.put(Done(self.name, result, error, begun, ended, tag))
-                del job, order, result, error
+                if isinstance(result, Launched):
+                    self._launched.put((result, begun, tag))
+                else:
+                    self._report(result, error, begun, tag)
+                del job, order, result, error, tag
+        self._launched.put(None)
+
+    def _end(self) -> None:
+        last = 0
+        while (one := self._launched.get()) is not None:
+            launched, begun, tag = one
+            result, error = None, None
+            try:
+                result = launched.wait()
+            except Exception as caught:
+                error = caught
+            last = self._report(result, error, max(begun, last), tag)
+            del one, launched, result, error, tag
+
+    def _report(self, result: Any, error: BaseException | None, begun: int, tag: Any) -> int:
+        """Tell the loop of an end; return when it was."""
+        ended = time.monotonic_ns()
+        self._inbox.put(Done(self.name, result, error, begun, ended, tag))
+        return ended
 
 
 class Lane(Generic[T]):

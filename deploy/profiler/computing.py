@@ -1,7 +1,8 @@
 """What iterations take: decode and prefill of a resident model, and the model on the host.
 
 Every step is the runner's own and runs on the engine's compute worker, so that its time is what the
-engine would see, launches and the copy of the tokens included.
+engine would see, launches and the copy of the tokens included. A decode step is measured behind
+another one, which is where the engine has it.
 """
 
 import functools
@@ -22,6 +23,7 @@ from mmrl.deploy.runner import DecodeInput, ModelRunner
 from mmrl.deploy.sampling import Choice
 from mmrl.deploy.warm import warm_up
 from mmrl.deploy.weights import host_buffers
+from mmrl.deploy.workers import Launched
 from mmrl.node.state import BLOCK_TOKENS, CHUNK_TOKENS
 
 # The runner pads a batch to the next size it has a graph for: costs bend at these.
@@ -74,13 +76,21 @@ def _decode_grid(
                     if section.points and subject.deadline.left_s < 0 and batch not in (1, 32):
                         section.skip(point, "no time left")
                         continue
-                    step = functools.partial(model.runner.decode, inputs[:batch], resident=True)
                     section.measure(
-                        functools.partial(subject.compute, step),
+                        functools.partial(_step, subject, model.runner, inputs[:batch]),
                         subject.patience(0.5, least=8),
                         warm=2,
                         **point,
                     )
+
+
+def _step(subject: Subject, runner: ModelRunner, inputs: Sequence[DecodeInput]) -> float:
+    """Return the seconds of a decode step behind another."""
+
+    def launch() -> Launched:
+        return Launched(runner.launch_decode(inputs, resident=True))
+
+    return subject.compute(launch, times=2)
 
 
 def prefill(subject: Subject, section: Section) -> None:

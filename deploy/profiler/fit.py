@@ -310,14 +310,20 @@ def _host(raw: Raw) -> tuple[tuple[TokenPoint, ...], tuple[TokenPoint, ...]]:
 
 
 def _slowdown(raw: Raw) -> Slowdown | None:
-    times = {p["beside"]: median(p["times_s"]) for p in raw.points("slowdown") if p["times_s"]}
-    if not {"nothing", "load", "save", "stream"} <= set(times):
+    times = [(p["beside"], median(p["times_s"])) for p in raw.points("slowdown") if p["times_s"]]
+    factors = {
+        busy: took / ((before + after) / 2)
+        for (_, before), (busy, took), (alone, after) in zip(
+            times, times[1:], times[2:], strict=False
+        )
+        if alone == "nothing"
+    }
+    if not {"load", "save", "stream"} <= set(factors):
         return None
-    alone = times["nothing"]
     return Slowdown(
-        beside_load=_round(times["load"] / alone),
-        beside_save=_round(times["save"] / alone),
-        beside_stream=_round(times["stream"] / alone),
+        beside_load=_round(factors["load"]),
+        beside_save=_round(factors["save"]),
+        beside_stream=_round(factors["stream"]),
     )
 
 

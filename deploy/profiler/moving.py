@@ -127,7 +127,10 @@ def _save_and_restore(subject: Subject, section: Section, tokens: int, scattered
 
 
 def slowdown(subject: Subject, section: Section) -> None:
-    """Measure decode steps alone, and beside another's load, a KV save and another's stream."""
+    """Measure decode steps beside another's load, a KV save and another's stream.
+
+    Before and after each of these they are measured alone: contexts grow all the while.
+    """
     rig, (name, other) = subject.rig, subject.names
     if _highest(subject, BESIDE_BATCH) < LEVEL_100:
         raise NotResident("it does not fit on the device as a whole")
@@ -137,15 +140,22 @@ def slowdown(subject: Subject, section: Section) -> None:
     numbers = _submit(subject, name, BESIDE_BATCH, BESIDE_PROMPT)
     rig.until(lambda: all(rig.times[number] for number in numbers))
     wanted = _steps_wanted(subject)
-    section.add(_steps(subject, lambda found: found >= wanted), beside="nothing")
+
+    def alone() -> None:
+        section.add(_steps(subject, lambda found: found >= wanted), beside="nothing")
+
+    alone()
     with _saving(subject):
         section.add(_steps(subject, lambda found: found >= wanted), beside="save")
+    alone()
     room = _highest(subject, 1, others=sum(subject.model.weights.piece_bytes))
     if room < LEVEL_0:
         section.skip({"beside": "load, stream"}, "no memory for a second model")
     else:
         _beside_load(subject, section, other, room)
+        alone()
         _beside_stream(subject, section, other)
+        alone()
     _end(subject)
 
 
@@ -171,6 +181,8 @@ def _beside_stream(subject: Subject, section: Section, other: str) -> None:
     times = _steps(subject, lambda found: len(rig.times[number]) > 4 and found >= BESIDE_STEPS // 2)
     section.add(times, beside="stream")
     section.values["stream_step_s"] = median(rig.gaps(number, 1))
+    rig.engine.call(lambda: rig.engine.cancel(number))
+    rig.until(lambda: not rig.node.state.decoding[1])
 
 
 @contextmanager

@@ -166,9 +166,13 @@ class Subject:
             for key in reversed(keys):
                 pool.free(key)
 
-    def compute(self, job: Callable[[], Any]) -> float:
-        """Do something on the compute worker, as the engine would; return the seconds it took."""
-        done = self.rig.on_worker(COMPUTE, job)
+    def compute(self, job: Callable[[], Any], times: int = 1) -> float:
+        """Do something on the compute worker, as the engine would.
+
+        Returns:
+            The seconds it took, the last of so many times.
+        """
+        done = self.rig.on_worker(COMPUTE, job, times)
         return (done.ended_ns - done.begun_ns) / 1e9
 
     def _fill(self, tables: list[Table]) -> None:

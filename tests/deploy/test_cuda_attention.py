@@ -14,7 +14,7 @@ from mmrl.deploy import kernels
 from mmrl.deploy.attention import Decode, Prefill
 from mmrl.deploy.kv import HostKV, KVPool
 from mmrl.deploy.memory import DeviceMemory
-from mmrl.deploy.runner import CHUNK_SIZES, DecodeInput, GraphPool, ModelRunner
+from mmrl.deploy.runner import CHUNK_SIZES, LATER_SIZES, DecodeInput, GraphPool, ModelRunner
 from mmrl.deploy.sampling import Choice, choose, gumbel, noise_key
 from tests.deploy.families import CONFIGS, MAX_CONTEXT, generated, kv_shape, model, prompt
 
@@ -148,16 +148,21 @@ def test_a_model_gives_what_generate_gives(
         token = runner.prefill(tokens[key][cut:], cut, pool.table(key), GREEDY, resident)
         assert token is not None
         tokens[key].append(token)
-    for step in range(count - 1):
-        for keys in ([0, 1, 2],) if step % 2 else ([2, 0], [1]):
-            batch = []
-            for key in keys:
-                pool.resize(key, -(-len(tokens[key]) // 16))
-                table = pool.table(key)
-                batch.append(DecodeInput(tokens[key][-1], len(tokens[key]) - 1, table, GREEDY))
-            for key, token in zip(keys, runner.decode(batch, resident), strict=True):
-                tokens[key].append(token)
-        if step == 7:
+    for step in range(0, count - 1, 2):  # a step is launched before the one before is waited for
+        for keys in ([0, 1, 2],) if step % 4 else ([2, 0], [1]):
+            waits = []
+            for later in range(min(2, count - 1 - step)):
+                batch = []
+                for place, key in enumerate(keys):
+                    position = len(tokens[key]) - 1 + later
+                    pool.resize(key, -(-(position + 1) // 16))
+                    token = -1 - place if later else tokens[key][-1]
+                    batch.append(DecodeInput(token, position, pool.table(key), GREEDY))
+                waits.append(runner.launch_decode(batch, resident))
+            for wait in waits:
+                for key, token in zip(keys, wait(), strict=True):
+                    tokens[key].append(token)
+        if step == 8:
             blocks = len(pool.table(1))
             host.save(pool, 1)
             pool.free(1)
@@ -190,13 +195,18 @@ def test_a_chunk_through_a_graph_is_that_without(
     longest = CHUNK_SIZES[4]
     assert longest < MAX_CONTEXT < CHUNK_SIZES[5]  # beyond it the padding may not go
     lengths = [1, 16, 17, 40, longest, MAX_CONTEXT, *(draw.randint(1, longest) for _ in range(8))]
+    chunks = [(0, length) for length in draw.sample(lengths, len(lengths))]
+    chunks += [(begin, begin + count) for begin in (1, 37, 96) for count in (1, 40, LATER_SIZES[0])]
     drawn = Choice(temperature=1.0, top_p=0.9, seed=3)
-    for length in draw.sample(lengths, len(lengths)):
+    for begin, length in chunks:
         for choice in (GREEDY, None, drawn, Choice(no_eos=True)):
             seen = []
             for resident in (True, False):
                 pool.data[index] = torch.nan
-                token = runner.prefill(prompt(length, length), 0, table, choice, resident)
+                tokens = prompt(length, length)
+                if begin:
+                    runner.prefill(tokens[:begin], 0, table, None, resident)
+                token = runner.prefill(tokens[begin:], begin, table, choice, resident)
                 seen.append((token, pool.data[index].float()))
             (token, kv), (expected_token, expected_kv) = seen
             written = ~expected_kv.isnan()
@@ -207,7 +217,7 @@ def test_a_chunk_through_a_graph_is_that_without(
             assert (token is None) == (choice is None)
             if exact:
                 assert token == expected_token
-                if length == 40 and choice == GREEDY:
+                if (begin, length) == (0, 40) and choice == GREEDY:
                     assert token == eos
             if choice is not None and choice.no_eos:
                 assert token != eos

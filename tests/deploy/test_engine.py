@@ -1,8 +1,10 @@
 """The engine: the simulator's decisions, everybody's tokens, and nothing lost when things fail."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
+from mmrl.agents.export import ExportedPolicy
 from mmrl.deploy.checkpoint import Checkpoint
 from mmrl.deploy.clock import RealTime, SimulatedTime
 from mmrl.deploy.config import build_config
@@ -17,6 +20,7 @@ from mmrl.deploy.engine import FAILURES, Engine
 from mmrl.deploy.fleet import Fleet, open_fleet
 from mmrl.deploy.memory import OutOfDeviceMemory
 from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
+from mmrl.deploy.reasons import reason
 from mmrl.deploy.streaming import StreamSlots
 from mmrl.deploy.testbed import MODELS, configuration
 from mmrl.node.actions import (
@@ -24,18 +28,21 @@ from mmrl.node.actions import (
     LEVEL_50,
     LEVEL_100,
     OUT,
+    PAUSE,
     WAIT,
     encode,
     legal_actions,
     some_verb_legal,
 )
 from mmrl.node.observe import observation_size, observe
-from mmrl.node.state import MAX_MODELS, new_nodes, new_requests
+from mmrl.node.state import CANCELLED, MAX_MODELS, new_nodes, new_requests
 from mmrl.rules import get_rule
 from mmrl.rules.dispatch import suggest
 from mmrl.sim.kernel import act, next_decision, start
+from tests.deploy.test_adapter import Policy
 
 GREEDY = Sampling(0.0)
+HANGS_S = 150.0  # no test takes so long, not even on a busy machine
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -112,7 +119,7 @@ def run(engine: Engine, until: Callable[[], bool], limit: int = 200_000) -> None
         if until():
             return
         engine.run_instant()
-        assert time.monotonic() - begun < 40, "it does not come to an end"
+        assert time.monotonic() - begun < HANGS_S, "it does not come to an end"
     raise AssertionError("it does not come to an end")
 
 
@@ -194,7 +201,7 @@ def test_decisions_are_the_simulators(seed: int, verbs: str, closing: list[Fleet
     ready = np.zeros(MAX_MODELS, np.int8)
     start(s, r)
     tables = node.decode_tables, node.prefill_tables
-    seen: list[tuple[int, Any, Any, int]] = []
+    seen: list[tuple[int, Any, Any, int, int]] = []
     rule = get_rule("slack")
     full = int(s.full_verbs)
 
@@ -212,7 +219,7 @@ def test_decisions_are_the_simulators(seed: int, verbs: str, closing: list[Fleet
             legal_actions(s, r, mask)
             champion = suggest(rule.number, s, r, *tables, rule.params)
             action = champion if rng.random() < 0.7 else int(rng.choice(np.flatnonzero(mask)))
-            seen.append((int(s.now_ns), observation, mask, action))
+            seen.append((int(s.now_ns), observation, mask, champion, action))
             more = act(s, r, action)
     assert s.done == 1 and len(seen) > 30
 
@@ -229,9 +236,10 @@ def test_decisions_are_the_simulators(seed: int, verbs: str, closing: list[Fleet
             nonlocal replayed
             from mmrl.deploy.adapter import Verdict
 
-            at, observation, mask, action = seen[replayed]
+            at, observation, mask, champion, action = seen[replayed]
             observed, legal = node.look()
             assert node.state.now_ns == at
+            assert adapter.decide(nodes, table).action == champion
             np.testing.assert_array_equal(observed, observation)
             np.testing.assert_array_equal(legal, mask)
             replayed += 1
@@ -300,7 +308,8 @@ def linger(engine: Engine, before_end: Callable[[], None] = lambda: time.sleep(0
 
     for model in engine.models:
         runner: Any = model.runner
-        runner.decode, runner.prefill = lingering(runner.decode), lingering(runner.prefill)
+        runner.launch_decode = lingering(runner.launch_decode)
+        runner.prefill = lingering(runner.prefill)
 
 
 def test_random_decisions_in_real_time_change_no_token(closing: list[Fleet]) -> None:
@@ -404,7 +413,7 @@ class Streaming:
 
     def _before_end(self) -> None:
         self.begun += 1
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HANGS_S
         while not self._end_when(self):
             assert time.monotonic() < deadline, "the step is never told to end"
             time.sleep(0.0005)
@@ -516,6 +525,7 @@ def test_a_cancelled_request_frees_its_memory(when: str, closing: list[Fleet]) -
     run(engine, lambda: 1 in heard.finish)
     run(engine, lambda: s.in_system == 0 and engine.models[0].pool.blocks == 0)
     assert heard.finish == {1: Finish.CANCELLED} and s.kv_blocks[0] == 0
+    assert engine.node.requests[0]["state"] == CANCELLED  # it did not run to its end unheard
     engine.submit(2, request(0, 10, 5))
     run(engine, lambda: 2 in heard.finish)
     assert len(heard.tokens[2]) == 5
@@ -524,14 +534,14 @@ def test_a_cancelled_request_frees_its_memory(when: str, closing: list[Fleet]) -
 def test_a_failing_request_takes_no_other_with_it(closing: list[Fleet]) -> None:
     engine, heard = one_model(closing)
     runner = engine.models[0].runner
-    decode, poison = runner.decode, [-1]
+    decode, poison = runner.launch_decode, [-1]
 
     def failing(batch: Any, resident: bool) -> Any:
         if any(one.sampling.seed == poison[0] for one in batch):
             raise RuntimeError("poisoned")
         return decode(batch, resident)
 
-    runner.decode = failing  # type: ignore[method-assign]
+    runner.launch_decode = failing  # type: ignore[method-assign]
     for number in range(3):
         sampling = Sampling(0.0, seed=number)
         engine.submit(number, request(0, 20, 30, number, sampling=sampling))
@@ -574,7 +584,7 @@ def test_a_device_out_of_memory_loses_nothing(closing: list[Fleet]) -> None:
     closing.append(fleet)
     engine, heard = fleet.engine, Listener(fleet.engine)
     runner, calls = engine.models[0].runner, 0
-    decode = runner.decode
+    decode = runner.launch_decode
 
     def full(batch: Any, resident: bool) -> Any:
         nonlocal calls
@@ -583,7 +593,7 @@ def test_a_device_out_of_memory_loses_nothing(closing: list[Fleet]) -> None:
             raise OutOfDeviceMemory("no memory", "")
         return decode(batch, resident)
 
-    runner.decode = full  # type: ignore[method-assign]
+    runner.launch_decode = full  # type: ignore[method-assign]
     engine.begin()
     for number, one in enumerate(asked):
         engine.submit(number, one)
@@ -634,6 +644,72 @@ def test_an_operator_pins_and_preloads(closing: list[Fleet]) -> None:
     assert next(d.by for d in engine.decisions) == "operator"
 
 
+def test_a_trained_policy_serves(closing: list[Fleet]) -> None:
+    """The exported network itself, with random weights and a prior that it follows."""
+    engine, heard = one_model(closing, 0.75, decision_deadline=60.0)
+    card = Policy(lambda count: None, full_verbs=True, prior=True).card
+    rng = np.random.default_rng(0)
+    weights = {name: rng.normal(0, 0.1, shape) for name, shape in card.shapes().items()}
+    weights["beta"] = np.array(3.0)
+    floats = {name: np.asarray(value, np.float32) for name, value in weights.items()}
+    engine.adapter.policy = ExportedPolicy(card, floats)
+    for number in range(4):
+        engine.submit(number, request(number % 2, 40, 20, number))
+    run(engine, lambda: len(heard.finish) == 4)
+    assert set(heard.finish.values()) == {Finish.LENGTH}
+    assert engine.decisions and {d.by for d in engine.decisions} == {"policy"}
+    assert not engine.adapter.fallbacks and engine.decision_latencies_s
+
+
+@pytest.mark.parametrize("why", ["deadline", "not_finite", "error"])
+def test_the_champion_serves_where_the_policy_does_not(why: str, closing: list[Fleet]) -> None:
+    """A policy that thinks for ever, says NaN or raises: the loop goes on, everybody is served."""
+    engine, heard = one_model(closing, 0.75, decision_deadline=0.02)
+    told = threading.Event()
+
+    def scores(count: int) -> Any:
+        if why == "deadline":
+            told.wait()
+        if why == "error":
+            raise RuntimeError("a bug")
+        return np.full(count, np.nan)
+
+    engine.adapter.policy = Policy(scores, full_verbs=True)
+    for number in range(4):
+        engine.submit(number, request(number % 2, 40, 20, number))
+    try:
+        run(engine, lambda: len(heard.finish) == 4)
+    finally:
+        told.set()
+    assert set(heard.finish.values()) == {Finish.LENGTH}
+    assert set(engine.adapter.fallbacks) == {why} and engine.adapter.fallbacks[why] > 1
+    assert engine.decisions and {d.by for d in engine.decisions} == {"champion"}
+
+
+def test_no_token_changes_while_the_clock_jumps(
+    closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = checkpoints(2)
+    asked = [one for _, one in script(5, 8, 2)]
+    wanted = expected(models, asked, closing)
+    rng, real, off_ns = np.random.default_rng(0), time.monotonic_ns, [0]
+
+    def jumping() -> int:
+        if rng.random() < 0.1:
+            off_ns[0] = int(rng.integers(-(10**9), 10**9))
+        return real() + off_ns[0]
+
+    monkeypatch.setattr("mmrl.deploy.clock.time", SimpleNamespace(monotonic_ns=jumping))
+    fleet = fleet_of(models, 0.75)
+    closing.append(fleet)
+    engine, heard = fleet.engine, Listener(fleet.engine)
+    engine.begin()
+    for number, one in enumerate(asked):
+        engine.submit(number, one)
+    run(engine, lambda: len(heard.finish) == len(asked))
+    assert [heard.tokens[n] for n in range(len(asked))] == wanted
+
+
 def test_a_clock_that_jumps_back_does_no_harm(
     closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -654,5 +730,27 @@ def test_decisions_say_why(closing: list[Fleet]) -> None:
         engine.submit(number, request(number % 2, 50, 30, number))
     run(engine, lambda: len(heard.finish) == 6)
     reasons = [(d.verb, d.reason) for d in engine.decisions]
-    assert any(verb == "level100" and "waiting" in words for verb, words in reasons)
+    assert any(verb == "level100" and "the oldest" in words for verb, words in reasons)
     assert all(d.by == "policy" and d.model in ("m0", "m1") for d in engine.decisions)
+
+
+def test_who_gives_way_says_to_whom(closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing, memory=0.75, verbs="full")
+    verb, s = decide_by_hand(engine), engine.node.state
+    engine.call(lambda: verb(0, LEVEL_100))
+    engine.submit(1, request(0, 50, 400))
+    engine.submit(2, request(1, 50, 30))
+    run(engine, lambda: len(heard.tokens.get(1, [])) > 3)
+    waits = r"m1 \(1 waits, the oldest \d\.\d s of 2 s\) · itself: 1 begun"
+    for kind, words in (
+        (PAUSE, "gives way to " + waits),
+        (OUT, "makes room for " + waits),
+        (LEVEL_25, "keeps 25% of its layers, makes room for " + waits),
+    ):
+        assert re.fullmatch(words, reason(engine.node, engine.names, 0, kind))
+    s.now_ns = engine.clock.now_ns()
+    wants = reason(engine.node, engine.names, 1, LEVEL_50)
+    assert re.fullmatch(r"wants 50% of its layers: 1 waits, the oldest \d\.\d s of 2 s", wants)
+    engine.cancel(1)
+    engine.cancel(2)
+    run(engine, lambda: engine.open_requests == 0 and not s.in_system)

@@ -75,6 +75,24 @@ class Node:
             self.tokens[key].append(token)
             self.prefilled[key] += 1
 
+    def decode_twice(self, first: list[int], second: list[int]) -> None:
+        """Launch both steps before the first one's tokens are known."""
+        waits = []
+        for later, keys in enumerate((first, second)):
+            batch = []
+            for key in keys:
+                later_here = later if key in first else 0
+                position = len(self.tokens[key]) - 1 + later_here
+                self.resize(key, position + 1)
+                token = -1 - first.index(key) if later_here else self.tokens[key][-1]
+                table = self.pool.table(key)
+                batch.append(DecodeInput(token, position, table, self.sampling[key]))
+            waits.append(self.runner.launch_decode(batch, resident=True))
+        for keys, wait in zip((first, second), waits, strict=True):
+            for key, token in zip(keys, wait(), strict=True):
+                self.tokens[key].append(token)
+                self.prefilled[key] += 1
+
     def save(self, key: int) -> None:
         self.resize(key, self.prefilled[key])
         self.host.save(self.pool, key)
@@ -245,3 +263,27 @@ def test_a_half_precision_model_stays_close() -> None:
     error = (seen[-1] - logits).norm() / logits.norm()
     assert 0 < error < 0.05
     assert np.corrcoef(seen[-1], logits)[0, 1] > 0.995
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Choice(temperature=0.9, top_k=20, seed=3)])
+def test_a_step_takes_its_tokens_from_the_step_before(sampling: Choice) -> None:
+    """It is launched before that one was waited for; rows change places, and one leaves."""
+    outputs = []
+    for ahead in (False, True):
+        node = Node("llama")
+        for key, length in enumerate((5, 20, 33)):
+            node.add(key, prompt(length, key), replace(sampling, seed=key))
+            node.prefill(key, MAX_CONTEXT)
+        for first, second in (([0, 1, 2], [2, 0]), ([1], [1]), ([2, 1, 0], [0, 1, 2])) * 4:
+            if ahead:
+                node.decode_twice(first, second)
+            else:
+                node.decode(first)
+                node.decode(second)
+        outputs.append([node.output(key) for key in range(3)])
+    assert outputs[0] == outputs[1] and len(set(outputs[0])) == 3
+    if sampling.greedy:
+        expected = [generated("llama", length, key, 21) for key, length in enumerate((5, 20, 33))]
+        assert outputs[1] == [
+            one[: len(out)] for one, out in zip(expected, outputs[1], strict=True)
+        ]

@@ -115,7 +115,12 @@ def document(
         verdict
         for entrant in entrants(who)
         for verdict in verdicts(
-            entrant.name, tables.pools, compared, tables.figures, tables.headroom
+            entrant.name,
+            tables.pools,
+            compared,
+            tables.figures,
+            tables.headroom,
+            tables.zero_shot,
         )
     ]
     return {
@@ -133,6 +138,7 @@ def document(
         "compared": columns(compared),
         "pools": columns(tables.pools),
         "headroom": columns(tables.headroom),
+        "zero_shot": columns(tables.zero_shot),
         "verdicts": columns(judged),
         "unsuited": columns([{"cell": cell, "policy": policy} for cell, policy in unsuited]),
         "provenance": provenance([], traces=[path.name for path in traces]),

@@ -4,11 +4,15 @@ Every rule comes twice: tuned once on the training distribution (comparator ``on
 the very cell (``cell``). A learned policy with several training seeds is a group of entries:
 
     label=runs/a-s0+runs/a-s1+runs/a-s2      or the folder that holds the runs
+
+One that was trained for some of the cells names them: ``there@*-fleet16=runs/b-s0+runs/b-s1``. It
+plays these alone, and the others are compared with it there.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +34,7 @@ from mmrl.scenarios.suite import Cell, Suite, digest
 Kind = Literal["rule", "learned", "bound", "planner"]
 ONCE, CELL = "once", "cell"
 COMPARATORS = (ONCE, CELL)
+FOR = "@"  # between the name of a policy and the cells that it was trained for
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,15 @@ class Entry:
         kind: Literal["bound", "rule"] = "bound" if self.kind == "bound" else "rule"
         return Contender(self.name, kind, planner=self.opponent, params=params)
 
+    @property
+    def trained_for(self) -> str:
+        """Return the pattern of cells that a learned policy was trained for; empty for any."""
+        return self.group.partition(FOR)[2]
+
+    def wanted(self, cell: Cell) -> bool:
+        """Whether it is to play a cell: who was trained for some cells plays no others."""
+        return not self.trained_for or fnmatchcase(cell.name, self.trained_for)
+
     def identity(self, cell: Cell) -> str:
         """Return a hash of what decides about its actions in a cell."""
         if self.path is not None:
@@ -79,9 +93,9 @@ class Entry:
         return digest([self.rule, planner, self.params[cell.source]])
 
     def plays(self, cell: Cell) -> bool:
-        """Whether it can play a cell: a learned policy has one verb set."""
+        """Whether it plays a cell: a learned policy needs its verb set and must be wanted."""
         if self.path is not None:
-            return _policy(self.path).plays(cell.scenario.verbs == "full")
+            return self.wanted(cell) and _policy(self.path).plays(cell.scenario.verbs == "full")
         return cell.source in self.params
 
 
@@ -112,6 +126,8 @@ def entries(suite: Suite, cells: Sequence[Cell], names: Sequence[str]) -> list[E
         found += _rule(suite, cells, name) if name in opponents else _planner(suite, cells, name)
     for name in learned:
         found += _learned(name)
+        if pattern := found[-1].trained_for:
+            suite.choose([pattern])  # or it is of no cell
     for entry in found:
         if sum(entry.name == other.name for other in found) > 1:
             raise InputError(f"two policies are named '{entry.name}'", "name one: label=path")

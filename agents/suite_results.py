@@ -63,6 +63,7 @@ class Tables:
     compared: list[Row]
     pools: list[Row]
     headroom: list[Row]
+    zero_shot: list[Row]
 
 
 def make_tables(
@@ -90,21 +91,33 @@ def make_tables(
     adjust(compared)
     pools = _pools(comparisons, results, bootstrap)
     adjust([row for row in pools if row["load"] is not None])
-    return Tables(figures, compared, pools, _headroom(cells, entries, results, bootstrap))
+    headroom = _headroom(cells, entries, results, bootstrap)
+    zero_shot = _zero_shot(cells, entries, results, bootstrap)
+    return Tables(figures, compared, pools, headroom, zero_shot)
 
 
 def entrants(entries: Iterable[Entry]) -> list[Entrant]:
-    """Return the learned policies, each seed alone and, where there are several, all together."""
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if entry.kind == "learned":
-            groups.setdefault(entry.group, []).append(entry)
+    """Return the learned policies, each seed alone and, where there are several, all together.
+
+    Those that were trained for some cells do not compete: the others are compared with them.
+    """
     found = []
-    for group, members in groups.items():
+    for group, members in _groups(entries).items():
+        if members[0].trained_for:
+            continue
         if len(members) > 1:
             found.append(Entrant(group, tuple(members)))
         found += [Entrant(entry.name, (entry,)) for entry in members]
     return found
+
+
+def _groups(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """Return the training seeds of each learned policy."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.kind == "learned":
+            groups.setdefault(entry.group, []).append(entry)
+    return groups
 
 
 def best_rules(cell: Cell, played: Sequence[Entry], results: Results) -> dict[str, Entry]:
@@ -345,6 +358,31 @@ def _headroom_row(
         "over_half_low": excess.low,
         "over_half_high": excess.high,
     }
+
+
+def _zero_shot(
+    cells: Sequence[Cell], entries: Sequence[Entry], results: Results, bootstrap: Bootstrap
+) -> list[Row]:
+    """Compare goodput with that of policies trained for some of the cells, on these."""
+    rows = []
+    for against, trained in _groups(entries).items():
+        for entrant in entrants(entries) if trained[0].trained_for else []:
+            differences, draws = [], []
+            for number, cell in enumerate(cells):
+                keys = [(cell.name, entry.name) for entry in (*entrant.entries, *trained)]
+                if not trained[0].wanted(cell) or any(key not in results for key in keys):
+                    continue
+                goodput = np.stack([results[key].numbers["goodput"] for key in keys])
+                means, split = bootstrap.cell_means(number, goodput.T), len(entrant.entries)
+                ours, theirs = means[:, :split], means[:, split:]
+                differences.append(_mean(goodput[:split]) - _mean(goodput[split:]))
+                draws.append(bootstrap.over_seeds(ours) - bootstrap.over_seeds(theirs))
+            if differences:
+                row = {"policy": entrant.name, "against": against, "cells": len(draws)}
+                row |= {"seeds": len(entrant.entries), "seeds_against": len(trained)}
+                row |= _interval_columns("goodput", _mean(differences), np.mean(draws, axis=0))
+                rows.append(row)
+    return rows
 
 
 def adjust(rows: list[Row]) -> None:

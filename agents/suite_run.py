@@ -165,7 +165,7 @@ def plan(
         windows = traces.get(cell.name, ())
         for entry in entries:
             if not entry.plays(cell):
-                if entry.path is not None:
+                if entry.path is not None and entry.wanted(cell):
                     unsuited.append((cell.name, entry.name))
                 continue
             count = min(episodes, len(windows)) if cell.trace else episodes

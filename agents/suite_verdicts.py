@@ -16,6 +16,7 @@ OVER = {"lru": 0.12, "full-swap": 0.50}  # on the fast link at load 1
 NOT_WORSE = -0.005
 WITHIN = 0.15  # worse than the best rule's at most
 HEADROOM_SHARE = 0.5
+LOST = -0.01  # at most, against a policy that was trained for the cells
 
 
 def verdicts(
@@ -24,6 +25,7 @@ def verdicts(
     compared: Sequence[Row],
     figures: Sequence[Row],
     headroom: Sequence[Row],
+    zero_shot: Sequence[Row],
 ) -> list[Row]:
     """Judge a learned policy.
 
@@ -33,6 +35,7 @@ def verdicts(
         compared: Rows of ``compared``.
         figures: Rows of ``figures``.
         headroom: Rows of ``headroom``.
+        zero_shot: Rows of ``zero_shot``.
 
     Returns:
         A row per target: ``policy``, ``target``, ``met`` (None: not decided by what was played),
@@ -49,6 +52,7 @@ def verdicts(
         _within(mine, "worst-model goodput", _with_reference("goodput_worst_model"), more=True),
         _within(mine, "longest wait", _with_reference("longest_wait_s")),
         _half_of_headroom(policy, headroom),
+        *_zero_shot([row for row in zero_shot if row["policy"] == policy]),
     ]
     return [{"policy": policy, **row} for row in found]
 
@@ -196,6 +200,17 @@ def _half_of_headroom(policy: str, headroom: Sequence[Row]) -> Row:
     )
     share = row["share"]
     return _row(target, share >= HEADROOM_SHARE, share, limit=HEADROOM_SHARE, detail=detail)
+
+
+def _zero_shot(rows: Sequence[Row]) -> list[Row]:
+    """Judge what is lost against each policy that was trained there; nothing without one."""
+    target = "zero-shot: at most 1 point below a policy trained there"
+    found = []
+    for row in rows:
+        bounds = row["goodput"], row["goodput_low"], row["goodput_high"]
+        detail = f"{row['cells']} cells, {row['seeds_against']} training seeds of {row['against']}"
+        found.append(_row(target, row["goodput"] >= LOST, *bounds, LOST, detail))
+    return found or [_row(target, None, limit=LOST)]
 
 
 def _find(pools: Sequence[Row], pool: str, reference: str) -> Row | None:

@@ -165,10 +165,18 @@ def test_a_second_run_plays_only_what_is_new(folder, result, monkeypatch):
 
     monkeypatch.setattr(suite_run, "stream", watched)
     make_policy(folder / "other", 0.5)
+    make_policy(folder / "trained there", 2.5)
+    there = "there@*-fixed-*"
     again = evaluate_suite(
-        folder / "tiny.toml", ["lru", f"new={folder / 'other'}"], folder / "out" / "second"
+        folder / "tiny.toml",
+        ["lru", f"new={folder / 'other'}", f"{there}={folder / 'trained there'}"],
+        folder / "out" / "second",
     )
-    assert sorted(played) == [(cell, "new") for cell in CELLS]
+    assert sorted(played) == [*((cell, "new") for cell in CELLS), (CELLS[1], there)]
+    lost = pick(again, "zero_shot", policy="new", against=there)
+    means = [pick(again, "figures", cell=CELLS[1], policy=name) for name in ("new", there)]
+    assert lost["goodput"] == pytest.approx(means[0]["goodput"] - means[1]["goodput"])
+    assert {row["policy"] for row in rows_of(again["verdicts"])} == {"new"}
     for cell in CELLS:
         one = pick(result, "figures", cell=cell, policy="lru (cell)")
         assert pick(again, "figures", cell=cell, policy="lru (cell)") == one

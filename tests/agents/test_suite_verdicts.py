@@ -20,6 +20,7 @@ NAMES = (
     "worst model",
     "longest wait",
     "head-room",
+    "zero-shot",
 )
 
 
@@ -43,8 +44,8 @@ def pool(name, reference="cell", stronger=True, load=None, **values):
     }
 
 
-def judge(pools, compared=(), figures=(), headroom=()):
-    found = verdicts("mine", pools, compared, figures, headroom)
+def judge(pools, compared=(), figures=(), headroom=(), zero_shot=()):
+    found = verdicts("mine", pools, compared, figures, headroom, zero_shot)
     assert len(found) == len(NAMES)
     return dict(zip(NAMES, found, strict=True))
 
@@ -72,6 +73,7 @@ def test_each_target_by_hand():
         "worst model": True,  # 0.8 / 0.8
         "longest wait": True,  # 11 / 10
         "head-room": None,
+        "zero-shot": None,
     }
     assert found["p99"]["value"] == pytest.approx(1.1)
     assert judge([])["pooled"]["met"] is None
@@ -122,6 +124,14 @@ def test_half_of_the_head_room():
     assert judge([], headroom=[row])["head-room"]["met"] is True
     assert judge([], headroom=[row | {"share": 0.49}])["head-room"]["met"] is False
     assert judge([], headroom=[row | {"headroom": -0.01}])["head-room"]["met"] is None
+
+
+def test_what_is_lost_against_a_policy_trained_there():
+    row = {"policy": "mine", "against": "there@*-fleet16", "cells": 3, "seeds_against": 2}
+    row |= {"goodput": -0.008, "goodput_low": -0.02, "goodput_high": 0.004}
+    found = judge([], zero_shot=[row, row | {"policy": "another's", "goodput": -0.5}])["zero-shot"]
+    assert found["met"] is True and "there@*-fleet16" in found["detail"]
+    assert judge([], zero_shot=[row | {"goodput": -0.012}])["zero-shot"]["met"] is False
 
 
 def test_holm_within_each_policy_and_reference():

@@ -1,9 +1,9 @@
 """Pages: one HTML file with everything in it, in one look, light and dark.
 
-A page is a template beside a style sheet of the same name; what all pages share (style sheet,
-script, the macro that shows a figure) stands in ``mmrl/templates``. Figures are Plotly JSON, are
-transparent and say nothing of text or grid colours: the style sheet does. A trace's ``meta`` names
-its series, so that the page's legend can hide it.
+A page is a template beside a style sheet of the same name; what all pages share (the frame that a
+template extends, style sheet, script, the macro that shows a figure) stands in ``mmrl/templates``.
+Figures are Plotly JSON, are transparent and say nothing of text or grid colours: the style sheet
+does. A trace's ``meta`` names its series, so that the page's legend can hide it.
 """
 
 from collections.abc import Callable, Mapping
@@ -65,7 +65,8 @@ def render_page(
     """Return a page that needs no other file.
 
     Args:
-        template: The template; ``style``, ``script``, ``plotly`` and ``version`` are given to it.
+        template: The template, which extends ``page.html``; ``style``, ``script``, ``plotly`` and
+            ``version`` are given to it, ``title``, ``lead`` and ``more`` stand in the frame.
         filters: Filters of its own.
         **values: What it shows; every name that it uses must be there.
     """

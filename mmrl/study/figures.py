@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mmrl.pages import Plot, plot_json
+from mmrl.study.findings import at
 from mmrl.study.tables import BATCH, BATCHES, NAMED_LINKS, Study
 
 COLOURS = ("#2f7de1", "#e8710a", "#3a9d5d", "#c2483d", "#7a5af8", "#a08c5b", "#d16ba5", "#5aa9a3")
@@ -30,19 +31,31 @@ def model_colours(models: list[str]) -> dict[str, str]:
 
 def residency(study: Study, platform: str, colours: dict[str, str]) -> Plot:
     """Draw throughput against residency, streamed: alone, one sequence and many."""
-    mine = _of(study, "residency", platform)
+    mine = at(study, "residency", platform)
     figure = go.Figure()
     for batch, style in ((BATCHES[0], {}), (BATCHES[-1], DASH)):
         for model, rows in mine[mine.batch == batch].groupby("model", sort=False):
             about = f"batch {batch}"
             _line(figure, rows, "residency", "throughput", str(model), colours, about, style)
+    bends = at(study, "bends", platform).query(f"batch == {BATCHES[0]}")
+    for name, knee in zip(bends.model.tolist(), bends.knee.tolist(), strict=True):
+        figure.add_scatter(
+            x=[100 * knee],
+            y=[100],
+            mode="markers",
+            name=name,
+            meta={"model": name},
+            marker={"color": colours[name], "size": 8},
+            hovertemplate=f"bends at %{{x:.1f}} %<extra>{name}</extra>",
+        )
     _percent_axes(figure)
-    return Plot(f"{platform}: alone, batch 1 (solid) and 32 (dashed)", plot_json(figure), 320)
+    title = f"{platform}: batch 1 (solid, a dot where it bends) and {BATCHES[-1]} (dashed)"
+    return Plot(title, plot_json(figure), 320)
 
 
 def beside_others(study: Study, platform: str, colours: dict[str, str]) -> Plot:
     """Draw the same at the reference batch: alone, beside a load, computed on the host."""
-    mine = _of(study, "residency", platform)
+    mine = at(study, "residency", platform)
     figure = go.Figure()
     for model, rows in mine[mine.batch == BATCH].groupby("model", sort=False):
         name = str(model)
@@ -62,7 +75,7 @@ def beside_others(study: Study, platform: str, colours: dict[str, str]) -> Plot:
 
 def preemption(study: Study, platform: str) -> Plot:
     """Draw the parts of a preemption as bars, a bar for each model."""
-    mine = _of(study, "preemption", platform)
+    mine = at(study, "preemption", platform)
     rows = mine[mine.batch == 1][::-1]
     figure = go.Figure()
     for column, (name, colour) in PARTS.items():
@@ -111,7 +124,7 @@ def from_published(study: Study, platform: str) -> Plot:
 
 def by_context(study: Study, platform: str, colours: dict[str, str]) -> list[Plot]:
     """Draw the throughput of partly resident models, and the pause, against the context."""
-    mine = _of(study, "context", platform)
+    mine = at(study, "context", platform)
     rows = mine[mine.batch == BATCH]
     contexts = sorted(rows.context_tokens.unique().tolist())
     ticks = {"tickvals": contexts, "ticktext": [_count(c) for c in contexts]}
@@ -120,7 +133,7 @@ def by_context(study: Study, platform: str, colours: dict[str, str]) -> list[Plo
 
 def by_link(study: Study, platform: str, colours: dict[str, str]) -> list[Plot]:
     """Draw the throughput of partly resident models, and the pause, against the link's rate."""
-    mine = _of(study, "link", platform)
+    mine = at(study, "link", platform)
     rows = mine[mine.batch == BATCH]
     names = [f"{name.removeprefix('NVLink-')}" for name in NAMED_LINKS]
     ticks = {"tickvals": list(NAMED_LINKS.values()), "ticktext": names, "range": LINK_RANGE}
@@ -209,11 +222,6 @@ def _line(
 def _percent_axes(figure: go.Figure) -> None:
     figure.update_xaxes(title="layers resident, %", dtick=25, range=[0, 101])
     figure.update_yaxes(title="of resident throughput, %", range=[-3, 104])
-
-
-def _of(study: Study, table: str, platform: str) -> pd.DataFrame:
-    rows = study.tables[table]
-    return rows[rows.platform == platform]
 
 
 def _count(tokens: int) -> str:

@@ -5,6 +5,7 @@ its bytes are done; the link moves one layer at a time, and streams and loads ta
 in blocks, sequence by sequence. Residency is a number of layers, not necessarily whole.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -211,6 +212,32 @@ def with_link(case: Case, bytes_per_s: float) -> Case:
     )
     platform = case.platform.model_copy(update={"link_bytes_per_s": bytes_per_s})
     return Case.of(platform, changed)
+
+
+def all_streamed_s(costs: CostModel, tokens: int) -> float:
+    """Return what the link takes for an iteration over ``tokens`` tokens without any layer."""
+    profile = costs.profile
+    return profile.stream.fixed_s + profile.layers * costs.stream_layer_s(tokens)
+
+
+def host_crossing_tokens(costs: CostModel) -> float | None:
+    """Return from how many tokens on streaming all layers is faster than computing on the host.
+
+    Linear between the points that were measured; infinity where the host is faster at the last of
+    them, None where nothing was measured.
+    """
+    points = costs.profile.host_model_s
+    if not points:
+        return None
+    tokens = [point.tokens for point in points]
+    ahead = [all_streamed_s(costs, point.tokens) - point.time_s for point in points]
+    if ahead[-1] > 0:
+        return math.inf
+    i = max((k for k, lead in enumerate(ahead) if lead > 0), default=-1)
+    if i < 0:
+        return float(tokens[0])
+    share = ahead[i] / (ahead[i] - ahead[i + 1])
+    return tokens[i] + share * (tokens[i + 1] - tokens[i])
 
 
 def host_wins_below(case: Case, batch: int, context: int) -> float | None:

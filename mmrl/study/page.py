@@ -3,6 +3,7 @@
 The page only shows what is in the tables; what it says in words is put together from them.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pandas as pd
 import mmrl
 from mmrl.files import atomic_write, write_json
 from mmrl.pages import render_page
-from mmrl.study import figures
+from mmrl.study import figures, machine_figures
 from mmrl.study.findings import contradictions, lead, ours, ranking
+from mmrl.study.headings import headings
 from mmrl.study.tables import BATCH, CONTEXT, OUTPUTS, RESIDENCIES, Study
 
 TEMPLATE = Path(__file__).parent / "templates" / "study.html"
@@ -63,20 +65,27 @@ def render(study: Study) -> str:
             "signed": lambda x: f"{x:+.2f}".replace("-", "−"),
             "seconds": _seconds,
             "whole": lambda x: "–" if pd.isna(x) else f"{int(x):,}",
+            "tokens": _tokens,
             "heat": lambda x: f"{min(1.0, abs(x)):.3f}",
         },
         title=f"mmrl study: {sentences[0]}",
         lead=sentences[0],
         more=sentences[1:],
+        headings=headings(study),
         batch=BATCH,
         context=CONTEXT,
         legend=[{"name": name, "colour": colour} for name, colour in colours.items()],
         residency=[figures.residency(study, p, colours) for p in study.platforms],
         beside=[figures.beside_others(study, p, colours) for p in study.platforms],
         bends=_records(study.tables["bends"]),
+        host=[machine_figures.host(study, p, colours) for p in _with(study, "host")],
+        hosts=_hosts(study),
+        neighbours=_records(study.tables["neighbours"]),
+        hooks=_records(study.tables["hooks"]),
         preemption=[figures.preemption(study, p) for p in study.platforms],
         preemptions=_records(study.tables["preemption"].query("batch == 1")),
         published=_records(study.tables["published"]),
+        published_kv=_records(study.tables["published_kv"]),
         published_figure=figures.from_published(study, ours(study)),
         contradictions=contradictions(study),
         by_context=[
@@ -84,6 +93,11 @@ def render(study: Study) -> str:
         ],
         outputs=_outputs(study),
         by_link=[plot for p in study.platforms for plot in figures.by_link(study, p, colours)],
+        links=_links(study),
+        rate_figures=[machine_figures.link_rates(study, p) for p in _with(study, "rates")],
+        rates=_records(study.tables["rates"]),
+        cold_figures=[machine_figures.cold_loads(study, p) for p in _with(study, "cold")],
+        cold=_records(study.tables["cold"]),
         importance=figures.importance(ranking(study)),
         elasticity=_elasticity(study),
         pays=_pays(study),
@@ -91,6 +105,30 @@ def render(study: Study) -> str:
         sources=_sources(study),
         tables=list(study.tables),
     )
+
+
+def _with(study: Study, table: str) -> list[str]:
+    """Return the platforms that a table has rows of."""
+    return [name for name in study.platforms if name in set(study.tables[table].platform)]
+
+
+def _hosts(study: Study) -> dict[str, Any]:
+    """Return, for each model, seconds on the host by tokens, and seconds streamed."""
+    table = study.tables["host"]
+    tokens = sorted(set(table.tokens.tolist()))
+    rows = []
+    for (platform, model), points in table.groupby(["platform", "model"], sort=False):
+        of = points.set_index("tokens")
+        rows.append(
+            {
+                "platform": platform,
+                "model": model,
+                "host_s": [of.host_s.get(n) for n in tokens],
+                "streamed_s": of.streamed_s.iloc[0],
+                "crossing": of.crossing_tokens.iloc[0],
+            }
+        )
+    return {"tokens": tokens, "rows": rows}
 
 
 def _outputs(study: Study) -> dict[str, Any]:
@@ -107,6 +145,24 @@ def _outputs(study: Study) -> dict[str, Any]:
                 "share": rows.preemption_share.tolist(),
             }
             for (platform, model), rows in table.groupby(["platform", "model"], sort=False)
+        ],
+    }
+
+
+def _links(study: Study) -> dict[str, Any]:
+    """Return, for each model, throughput with most of the layers and the pause, by named link."""
+    table = study.tables["link"]
+    named = table[table.link.notna() & (table.batch == BATCH)]
+    return {
+        "names": named.link.unique().tolist(),
+        "rows": [
+            {
+                "platform": platform,
+                "model": model,
+                "kept": rows[figures.PARTLY].tolist(),
+                "pause": rows.total_s.tolist(),
+            }
+            for (platform, model), rows in named.groupby(["platform", "model"], sort=False)
         ],
     }
 
@@ -179,6 +235,11 @@ def _sources(study: Study) -> list[dict[str, str]]:
         }
         for case in study.cases
     ]
+
+
+def _tokens(value: float) -> str:
+    """Write a number of tokens, which may lie beyond all that was measured."""
+    return "beyond" if math.isnan(value) else f"{value:.0f}"
 
 
 def _seconds(value: float | None) -> str:

@@ -15,7 +15,7 @@ import pandas as pd
 from mmrl.profiles import published, registry
 from mmrl.profiles.derive import derive_profile
 from mmrl.profiles.schema import Platform
-from mmrl.study import sensitivity
+from mmrl.study import machine, sensitivity
 from mmrl.study.formulas import Case, host_wins_below, preemption, with_link
 from mmrl.study.node import simulated_preemption_s
 
@@ -90,11 +90,17 @@ def compute(cases: Sequence[Case], report: Callable[[str], None] = lambda name: 
     makers: dict[str, Callable[[Sequence[Case]], pd.DataFrame]] = {
         "residency": residency,
         "bends": bends,
+        "host": machine.host,
+        "neighbours": machine.neighbours,
+        "hooks": machine.beside_hooks,
         "preemption": preemptions,
         "published": against_published,
+        "published_kv": machine.kv_beside_published,
+        "cold": machine.cold_loads,
         "context": by_context,
         "outputs": by_output,
         "link": by_link,
+        "rates": machine.link_rates,
         "elasticity": sensitivity.elasticities,
         "pays": sensitivity.preemption_pays,
         "batches": sensitivity.hidden_batches,

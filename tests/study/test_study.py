@@ -15,6 +15,7 @@ from mmrl.profiles.schema import (
     Architecture,
     DecodePoint,
     Limits,
+    LinkRates,
     Platform,
     Profile,
     Provenance,
@@ -23,7 +24,7 @@ from mmrl.profiles.schema import (
     Transfer,
 )
 from mmrl.study import Study, compute, gather, write_study
-from mmrl.study.formulas import Case, host_wins_below, preemption, with_link
+from mmrl.study.formulas import Case, host_crossing_tokens, host_wins_below, preemption, with_link
 from mmrl.study.node import simulated_preemption_s
 from mmrl.study.sensitivity import elasticities, hidden_batches, preemption_pays
 from mmrl.study.tables import against_published
@@ -138,6 +139,21 @@ def test_missing_layers_on_the_host() -> None:
     assert case_of().host_step_s(6, 1, 1024) is None
 
 
+def host_points(*times_s: float) -> tuple[TokenPoint, ...]:
+    return tuple(TokenPoint(tokens=n, time_s=t) for n, t in zip((1, 8, 32), times_s, strict=True))
+
+
+def test_where_the_whole_model_on_the_host_meets_streaming() -> None:
+    def crossing(*times_s: float) -> float | None:
+        return host_crossing_tokens(case_of(host_model_s=host_points(*times_s)).costs)
+
+    # streamed 242 ms: 42 ahead at 8 tokens, 158 behind at 32
+    assert crossing(0.1, 0.2, 0.4) == pytest.approx(8 + 24 * 42 / 200)
+    assert crossing(0.3, 0.35, 0.4) == 1  # behind from the first token on
+    assert crossing(0.1, 0.11, 0.12) == math.inf
+    assert host_crossing_tokens(case_of().costs) is None
+
+
 def test_the_parts_of_a_preemption() -> None:
     parts = preemption(case_of(), 2, 1000, 10)
     kv_s = 1008 * KV / LINK  # whole blocks of 16
@@ -239,10 +255,13 @@ def test_published_totals_stand_beside_ours(study: Study) -> None:
     assert ours.set_index("model").profile["qwen2.5-14b"].tolist() == ["measured"] * 2
 
 
+MEASURED = ("host", "neighbours", "hooks", "cold", "rates")  # rows where that was measured
+
+
 def test_tables_cover_all_cases(study: Study) -> None:
     for name, table in study.tables.items():
-        pairs = set(zip(table.platform, table.model, strict=True))
-        if name != "published":
+        if name not in ("published", "published_kv", *MEASURED):
+            pairs = set(zip(table.platform, table.model, strict=True))
             assert pairs == {(c.platform.name, c.profile.model) for c in study.cases}, name
     residency = study.tables["residency"]
     assert (residency[residency.residency == 1].throughput == 1).all()
@@ -264,8 +283,43 @@ def test_the_page_opens_offline_and_the_files_agree(study: Study, tmp_path: Path
     written = json.loads((tmp_path / "out" / "study.json").read_text())
     assert written["tables"].keys() == study.tables.keys()
     for name, table in study.tables.items():
-        assert len(written["tables"][name]) == len(table) > 0
+        assert len(written["tables"][name]) == len(table)
+        assert len(table) > 0 or name in MEASURED
         assert len(pd.read_csv(tmp_path / "out" / f"{name}.csv")) == len(table)
+
+
+def measured_case() -> Case:
+    """A case whose machine was measured, too: disk, copies, host and neighbours."""
+    rates = {f"{kind}_bytes_per_s": LINK for kind in ("h2d", "d2h", "both_h2d", "both_d2h")}
+    rates |= {"pageable_h2d_bytes_per_s": LINK / 5, "pageable_d2h_bytes_per_s": LINK / 2}
+    case = case_of(
+        host_model_s=host_points(0.1, 0.2, 0.4),
+        slowdown=Slowdown(beside_load=1.02, beside_save=1.01, beside_stream=1.05),
+    )
+    disk = Transfer(fixed_s=0.5, bytes_per_s=LINK / 10)
+    changed = {"link_rates": LinkRates(**rates), "disk": disk}
+    return Case.of(case.platform.model_copy(update=changed), case.profile)
+
+
+def test_what_was_measured_of_the_machine_has_tables_and_findings(tmp_path: Path) -> None:
+    study = compute([measured_case()])
+    (cold,) = study.tables["cold"].to_dict("records")
+    assert cold["page_locked_s"] == pytest.approx(0.001 + 0.244)
+    assert cold["pageable_s"] == pytest.approx(0.244 * 5)
+    assert cold["disk_s"] == pytest.approx(0.5 + 2.44 + 0.245)
+    rates = study.tables["rates"].set_index(["memory", "way", "beside"])
+    assert rates.share["pageable", "to the device", "alone"] == pytest.approx(0.2)
+    host = study.tables["host"]
+    assert host.streamed_s.tolist() == pytest.approx([0.242] * 3)
+    assert study.tables["hooks"].empty  # of one GPU and model
+    page = write_study(study, tmp_path).read_text(encoding="utf-8")
+    for finding in (
+        "The host computes tiny (up to 13 tokens) faster than the link brings it",
+        "Page-locked memory fills the link at 1 GB/s, 5 times as fast as pageable",
+        "From disk a model takes 13 times as long as from page-locked memory, from pageable 5",
+        "beside the stream of a second instance: 1.05; beside its load: 1.02",
+    ):
+        assert finding in page
 
 
 def test_a_page_about_derived_profiles_alone(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ CPU_SHARE = 0.5  # of the available host memory plays the device on a machine wi
 PROBE_BYTES = 256 << 20
 PROBE_SIDE = 2048
 FIXED_S = 1e-4  # of a transfer, where nothing was measured
+IDLE_MIB = 1024  # of a GPU's memory that its driver may hold without anybody
 
 # TB/s of memory and dense bf16 TFLOP/s, from data sheets (half of what holds "with sparsity").
 DATA_SHEETS = {
@@ -121,11 +122,21 @@ def driver_and_link(device: torch.device) -> tuple[str | None, str]:
 
 
 def gpu_users(device: torch.device) -> list[str]:
-    """Return what else computes on a GPU, a line each; to be called before this process does."""
+    """Return what else computes on a GPU, a line each; to be called before this process does.
+
+    From within a container the processes outside cannot be seen, only the memory that they hold.
+    """
     if device.type != "cuda":
         return []
-    fields = "pid,process_name,used_memory"
-    return _smi(f"--query-compute-apps={fields}", f"--id={device.index or 0}")
+    fields, place = "pid,process_name,used_memory", f"--id={device.index or 0}"
+    users = _smi(f"--query-compute-apps={fields}", place)
+    if users:
+        return users
+    used = _smi("--query-gpu=memory.used", place)
+    mib = used[0].partition(" ")[0] if used else ""
+    if mib.isdigit() and int(mib) > IDLE_MIB:
+        return [f"processes that cannot be seen from here, {mib} MiB"]
+    return []
 
 
 def data_sheet(device: torch.device) -> Limits | None:

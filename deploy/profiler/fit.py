@@ -235,28 +235,6 @@ def combine(machine: Machine, profiles: Sequence[Profile]) -> Platform:
     return platform.model_copy(update={"limits": limits})
 
 
-def host_crossing(profile: Profile) -> float | None:
-    """Return at how many tokens streaming all layers becomes faster than computing on the host.
-
-    None where it was not measured; infinity where the host stays faster as far as was measured.
-    """
-    points = profile.host_model_s
-    if not points:
-        return None
-    streamed = profile.streamed_layer_s
-    tokens = np.array([p.tokens for p in points], np.float64)
-    layer = np.interp(tokens, [p.tokens for p in streamed], [p.time_s for p in streamed])
-    ahead = np.array([p.time_s for p in points]) - (profile.stream.fixed_s + profile.layers * layer)
-    if ahead[0] >= 0:
-        return float(tokens[0])
-    slower = np.flatnonzero(ahead >= 0)
-    if not len(slower):
-        return float("inf")
-    i = int(slower[0])
-    share = -ahead[i - 1] / (ahead[i] - ahead[i - 1])
-    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
-
-
 def _decode(raw: Raw, notes: list[str]) -> tuple[DecodePoint, ...]:
     times = {
         (p["batch"], p["context_tokens"]): median(p["times_s"])

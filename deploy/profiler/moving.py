@@ -67,6 +67,9 @@ def _stream(subject: Subject, section: Section, batch: int, levels: Sequence[int
     """Measure at some levels, from the highest on down, while the same sequences go on."""
     rig, name = subject.rig, subject.names[0]
     highest = _highest(subject, batch)
+    if highest < LEVEL_0:
+        section.skip({"batch": batch}, "no memory for so many sequences")
+        return
     rig.level(name, highest)
     numbers = _submit(subject, name, batch, PROMPT)
     rig.until(lambda: all(rig.times[number] for number in numbers))
@@ -295,7 +298,7 @@ def _highest(subject: Subject, batch: int, others: int = 0) -> int:
     state, weights = subject.rig.node.state, subject.model.weights
     blocks = batch * (2 + (2 * BESIDE_PROMPT) // BLOCK_TOKENS)
     room = int(state.budget_bytes - state.reserve_bytes) - others
-    room -= blocks * subject.model.pool.block_bytes
+    room -= blocks * subject.model.pool.block_bytes + subject.model.pool.slack_bytes
     for verb in LEVELS:
         layers = weights.piece_bytes[1:]
         if weights.piece_bytes[0] + max(layers) * _layers_at(subject, verb) <= room:

@@ -1,5 +1,6 @@
 """`mmrl profile`: what is known about models on platforms, and whether it can be trusted."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure models; list, show and check profiles.", no_args_is_help=True)
 app.command()(run)
 CONTEXT_TOKENS = 1024
+LINK_RATES = (
+    ("page-locked", "h2d_bytes_per_s", "d2h_bytes_per_s"),
+    ("page-locked, both at once", "both_h2d_bytes_per_s", "both_d2h_bytes_per_s"),
+    ("pageable", "pageable_h2d_bytes_per_s", "pageable_d2h_bytes_per_s"),
+)
 KIND_STYLE = {"measured": "[green]measured[/]", "derived": "[yellow]derived[/]"}
 
 
@@ -117,12 +123,21 @@ def _print_platform(console: Console, platform: "Platform", profiles: list["Prof
     table.add_row("compute", f"{platform.limits.compute_flop_per_s / 1e12:.0f} TFLOP/s")
     for name in ("load", "stream", "kv_save", "kv_restore"):
         table.add_row(name, _transfer(getattr(platform, name)))
+    if platform.link_rates is not None:
+        rate = {name: f"{x / 1e9:.1f}" for name, x in platform.link_rates.model_dump().items()}
+        for i, (label, down, up) in enumerate(LINK_RATES):
+            table.add_row(
+                "" if i else "copies, GB/s", f"{rate[down]} to the device, {rate[up]} back, {label}"
+            )
+    if platform.disk is not None:
+        table.add_row("disk", f"{platform.disk.bytes_per_s / 1e9:.2f} GB/s, nothing cached")
     table.add_row("models", ", ".join(f"{p.model} ({p.kind})" for p in profiles))
     _print_provenance(console, table, platform)
 
 
 def _print_profile(console: Console, profile: "Profile") -> None:
     from mmrl.profiles.costs import CostModel
+    from mmrl.study.formulas import host_crossing_tokens
 
     console.print(f"[bold]{profile.model}[/] on {profile.platform} ({KIND_STYLE[profile.kind]})")
     table = _table()
@@ -145,13 +160,24 @@ def _print_profile(console: Console, profile: "Profile") -> None:
         ("prefill", profile.prefill),
         ("streamed layer", profile.streamed_layer_s),
         ("layer on the host", profile.host_layer_s),
+        ("model on the host", profile.host_model_s),
     ):
         for i, at in enumerate(field):
             table.add_row("" if i else name, f"{at.time_s * 1e3:8.2f} ms  {_tokens(at.tokens)}")
     for name in ("load", "stream", "kv_save", "kv_restore"):
         table.add_row(name, _transfer(getattr(profile, name)))
-    whole = CostModel(profile).load_s(profile.weight_bytes)
-    table.add_row("whole load", f"{whole:.3f} s")
+    costs = CostModel(profile)
+    table.add_row("whole load", f"{costs.load_s(profile.weight_bytes):.3f} s")
+    if profile.disk is not None:
+        table.add_row(
+            "from disk", f"{profile.disk.seconds(profile.weight_bytes):.2f} s before that"
+        )
+    if profile.slowdown is not None:
+        factors = (f"{x:.2f} {name}" for name, x in profile.slowdown.model_dump().items())
+        table.add_row("step slower", ", ".join(factors).replace("_", " a "))
+    crossing = host_crossing_tokens(costs)
+    if crossing is not None and math.isfinite(crossing):
+        table.add_row("not on the host", f"streamed is faster from {_tokens(round(crossing))} on")
     _print_provenance(console, table, profile)
     if profile.kind == "measured":
         _print_errors(console, [profile])

@@ -1,5 +1,7 @@
 """`mmrl profile run`: measure what models cost on this machine."""
 
+import math
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +20,17 @@ if TYPE_CHECKING:
 
     from mmrl.deploy.config import ModelConfig
     from mmrl.deploy.profiler.run import Outcome
+    from mmrl.profiles.schema import Profile
 
 CONTEXT_TOKENS, PROMPT_TOKENS = 1024, 2048
+CAPTION = (
+    f"b1, b32: a decode step of 1 and 32 sequences of {CONTEXT_TOKENS:,} tokens, ms\n"
+    f"prefill: {PROMPT_TOKENS:,} tokens, ms; load, KV out and in: GB/s\n"
+    "slower: factor on a decode step beside a load, a KV save, a stream\n"
+    "host: from so many tokens on streaming all layers beats the host\n"
+    "spread: of the medians, the largest"
+)
+LEAST_S = 60.0  # of a model, in which what costs need is surely measured on a GPU
 
 
 def run(
@@ -40,7 +51,10 @@ def run(
     ] = "auto",
     budget: Annotated[
         str | None,
-        typer.Option(help="Time for all models: 90s, 3m.", show_default="3m for each model"),
+        typer.Option(
+            help="Time for all models: 90s, 3m. What costs need is measured in any case.",
+            show_default="3m for each model",
+        ),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Device memory for everything, as in 24GB; all unless given.")
@@ -78,13 +92,22 @@ def run(
         strict=strict,
         command=shlex.join(["mmrl", *sys.argv[1:]]),
     )
+    begun = time.monotonic()
     with bars() as report:
+        if request.budget_s is not None and request.budget_s < LEAST_S * len(request.models):
+            report.say(
+                f"a budget of {budget} is short: what costs need is measured in any case, about a "
+                "minute for each model"
+            )
         try:
             outcomes = profile_models(request, report)
         except KeyboardInterrupt:
             report.say("interrupted: the same command goes on from here")
             raise
     _print_outcomes(Console(), outcomes)
+    took_s = time.monotonic() - begun
+    over = "" if request.budget_s is None or took_s <= request.budget_s else f", budget {budget}"
+    typer.echo(f"took {took_s:.0f} s{over}")
     failed = [outcome.model for outcome in outcomes if outcome.profile is None]
     if failed:
         raise MmrlError(f"no profile of {', '.join(failed)}", "run the same command again")
@@ -152,20 +175,11 @@ class Bars(AbstractContextManager["Bars"]):
 
 def _print_outcomes(console: Console, outcomes: "Sequence[Outcome]") -> None:
     """Print what was found, a line for each model."""
-    from mmrl.deploy.profiler.fit import host_crossing, spreads
+    from mmrl.deploy.profiler.fit import spreads
     from mmrl.profiles.costs import CostModel
+    from mmrl.study.formulas import host_crossing_tokens
 
-    table = Table(
-        box=None,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        caption_justify="left",
-        caption=f"b1, b32: a decode step of 1 and 32 sequences of {CONTEXT_TOKENS:,} tokens, ms\n"
-        f"prefill: {PROMPT_TOKENS:,} tokens, ms; load, KV out and in: GB/s\n"
-        "slower: factor on a decode step beside a load, a KV save, a stream\n"
-        "host: tokens from which streaming all layers beats computing on the host\n"
-        "spread: of the medians, the largest",
-    )
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     for name in ("b1", "b32", "prefill", "load", "KV", "slower", "host", "spread"):
         table.add_column(name, no_wrap=True, justify="right")
@@ -174,8 +188,8 @@ def _print_outcomes(console: Console, outcomes: "Sequence[Outcome]") -> None:
         if profile is None:
             table.add_row(outcome.model, "[red]failed[/]")
             continue
-        costs, crossing, slow = CostModel(profile), host_crossing(profile), profile.slowdown
-        found = spreads(outcome.raw)
+        costs, slow = CostModel(profile), profile.slowdown
+        found, crossing = spreads(outcome.raw), host_crossing_tokens(costs)
         table.add_row(
             outcome.model,
             f"{costs.decode_s(1, CONTEXT_TOKENS) * 1e3:.2f}",
@@ -186,12 +200,20 @@ def _print_outcomes(console: Console, outcomes: "Sequence[Outcome]") -> None:
             "-"
             if slow is None
             else f"{slow.beside_load:.2f}/{slow.beside_save:.2f}/{slow.beside_stream:.2f}",
-            "-" if crossing is None else f"{crossing:.0f}",
+            _tokens(crossing, profile),
             f"{max(found.values()):.1%}",
         )
     console.print(table)
+    console.print(f"[dim]{CAPTION}[/]", highlight=False, soft_wrap=True)
     for outcome in outcomes:
         if outcome.profile is not None:
             folder = outcome.raw.path.parent.parent
             console.print(f"profiles: {folder}", soft_wrap=True, highlight=False)
             break
+
+
+def _tokens(crossing: float | None, profile: "Profile") -> str:
+    """Write from how many tokens on the host is slower, which may be beyond what was measured."""
+    if crossing is None:
+        return "-"
+    return f">{profile.host_model_s[-1].tokens}" if math.isinf(crossing) else f"{crossing:.0f}"

@@ -17,10 +17,12 @@ class DecodeCurve:
     """Seconds of one decode step, for any batch and context per sequence.
 
     Where at least two batches were measured at several contexts each, every batch is a row that
-    is linear in context between its points, and time is linear in the batch between rows (a batch
-    measured once takes the rise of the nearest full row, in proportion to its size). Fewer points
-    cannot tell batch from context: time is then linear, between points, in the KV tokens of the
-    whole batch, which is very nearly how it was seen to grow.
+    is linear in context between its points, and time is linear in the batch between rows. At a
+    context where only other batches were measured, a row goes on as it would alone (a batch
+    measured once takes the rise of the nearest full row, in proportion to its size), but stays
+    between the times of smaller and of larger jobs. Fewer points cannot tell batch from context:
+    time is then linear, between points, in the KV tokens of the whole batch, which is very nearly
+    how it was seen to grow.
     """
 
     def __init__(self, profile: Profile, points: tuple[DecodePoint, ...]) -> None:
@@ -36,6 +38,8 @@ class DecodeCurve:
             (at,), (measured,) = rows[batch]
             rise = (time - _extended(at, context, time)) * batch / nearest
             rows[batch] = _curve([(at, measured), *zip(context, measured + rise, strict=True)])
+        if self._rows:
+            self._rows = _completed(rows, points)
         self._chain = _curve([(p.batch * p.context_tokens, p.time_s) for p in points])
 
     def __call__(self, batch: npt.ArrayLike, context_tokens: npt.ArrayLike) -> Array:
@@ -60,6 +64,28 @@ class DecodeCurve:
             share = (batch - batches[i]) / (batches[i + 1] - batches[i])
             result = result + np.clip(share, low, high) * (times[i + 1] - times[i])
         return result
+
+
+def _completed(
+    rows: dict[int, tuple[Array, Array]], points: tuple[DecodePoint, ...]
+) -> dict[int, tuple[Array, Array]]:
+    """Return the rows at all contexts that were measured, between the points around each.
+
+    Nothing that was not measured is then above a larger job that was, or below a smaller one.
+    """
+    measured = {(p.batch, p.context_tokens): p.time_s for p in points}
+    contexts = np.array(sorted({p.context_tokens for p in points}), dtype=np.float64)
+    completed = {}
+    for batch, row in rows.items():
+        times = _extended(contexts, *row)
+        for i, context in enumerate(contexts.tolist()):
+            if (batch, context) in measured:
+                continue
+            smaller = [t for (b, c), t in measured.items() if b <= batch and c <= context]
+            larger = [t for (b, c), t in measured.items() if b >= batch and c >= context]
+            times[i] = max([min([times[i], *larger]), *smaller])
+        completed[batch] = contexts, np.maximum.accumulate(times)
+    return completed
 
 
 def _curve(points: Iterable[tuple[float, float]]) -> tuple[Array, Array]:

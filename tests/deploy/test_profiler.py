@@ -3,24 +3,28 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mmrl.deploy.config import ModelConfig, ServeConfig, build_config
-from mmrl.deploy.hardware import device_name
+from mmrl.deploy.hardware import device_name, gpu_users
 from mmrl.deploy.known import find_profiles, notes_on
 from mmrl.deploy.memory import OutOfDeviceMemory
-from mmrl.deploy.profiler import machine, run
-from mmrl.deploy.profiler.fit import fit_stream, fit_transfer, host_crossing
+from mmrl.deploy.profiler import machine, moving, run
+from mmrl.deploy.profiler.fit import fit_stream, fit_transfer
 from mmrl.deploy.profiler.raw import Raw, Section
 from mmrl.deploy.profiler.run import Outcome, Request, profile_models
 from mmrl.deploy.profiler.timing import Patience, repeated, spread
 from mmrl.deploy.rig import open_checkpoints
 from mmrl.errors import InputError
+from mmrl.node.actions import LEVEL_0
+from mmrl.profiles.costs import CostModel
 from mmrl.profiles.registry import DATA, get_platform, get_profile
 from mmrl.profiles.schema import load_profile
+from mmrl.study.formulas import host_crossing_tokens
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -111,7 +115,7 @@ def test_a_run_writes_a_platform_and_profiles_that_the_registry_reads(
     assert {p.batch for p in profile.decode} >= {1, 32}
     assert [p.tokens for p in profile.prefill][-1] <= SHAPE["max_position_embeddings"]
     assert profile.host_layer_s and profile.host_model_s and profile.slowdown is not None
-    assert host_crossing(profile) is not None
+    assert host_crossing_tokens(CostModel(profile)) is not None
 
 
 def test_a_point_is_the_median_of_what_was_measured(
@@ -207,6 +211,36 @@ def test_impossible_wishes_are_refused_before_anything_is_measured(
     monkeypatch.setattr(run, "gpu_users", lambda device: ["17, other, 900 MiB"])
     with pytest.raises(InputError, match="in use: 17, other"):
         profile_models(request(tmp_path, one, strict=True), Silent())
+    report = Silent()
+    with pytest.raises(AssertionError, match="measured already"):  # it goes on, to the models
+        profile_models(request(tmp_path, one), report)
+    assert "warning: the GPU is also used by 17, other, 900 MiB" in report.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("apps", "used", "found"),
+    [
+        ("4711, python, 20480 MiB", "21000 MiB", ["4711, python, 20480 MiB"]),
+        ("", "9000 MiB", ["processes that cannot be seen from here, 9000 MiB"]),
+        ("", "3 MiB", []),
+        ("", "[N/A]", []),
+    ],
+)
+def test_who_else_uses_a_gpu_is_what_the_driver_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apps: str, used: str, found: list[str]
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        f'#!/bin/sh\ncase "$*" in *compute-apps*--id=1*) echo "{apps}";; '
+        f'*memory.used*--id=1*) echo "{used}";; *) exit 1;; esac\n'
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gpu_users(torch.device("cuda:1")) == found
+    assert gpu_users(CPU) == []
+    smi.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))  # no driver at all
+    assert gpu_users(torch.device("cuda:1")) == []
 
 
 def test_a_server_takes_the_measured_profile_of_its_gpu_and_says_what_is_derived(
@@ -260,6 +294,13 @@ def test_a_point_that_does_not_fit_is_left_out_and_named() -> None:
     assert section.measure(lambda: 1.0, Patience(), batch=1) == [1.0] * 5
     assert [point["batch"] for point in section.points] == [1]
     assert section.skipped == ["batch 64: out of memory: no room"]
+
+
+def test_streams_that_have_no_room_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moving, "_highest", lambda subject, batch: LEVEL_0 - 1)
+    section, subject = Section(), SimpleNamespace(rig=None, names=["small"])
+    moving._stream(subject, section, 32, ())  # type: ignore[arg-type]
+    assert section.skipped == ["batch 32: no memory for so many sequences"]
 
 
 def test_measuring_goes_on_until_the_median_is_known() -> None:

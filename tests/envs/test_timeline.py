@@ -17,7 +17,7 @@ from mmrl.scenarios.schema import Scenario
 def log(busy: Scenario) -> EpisodeLog:
     """An episode with random legal verbs now and then: loads, preemptions, KV moves."""
     rng = np.random.default_rng(0)
-    env = MultiModelServingEnv(busy)
+    env = MultiModelServingEnv(busy.model_copy(update={"utilisation_at_load_1": 5.0}))
     env.reset(seed=3)
     return record_episode(
         env, lambda _, mask: int(rng.choice(np.flatnonzero(mask))) if rng.random() < 0.4 else 0

@@ -17,6 +17,7 @@ from mmrl.metrics import EpisodeMetrics
 from mmrl.plan import Site, ask, capacity, plan_site, sites, write_plan
 from mmrl.plan.capacity import Curve, crossing, play_rates, rule_player
 from mmrl.plan.question import LEAST, MOST, scenario_at
+from mmrl.profiles.registry import get_platform
 from mmrl.rollout import EpisodeResult
 
 SMALL = "qwen2.5-0.5b"
@@ -67,14 +68,16 @@ def test_alternatives_differ_from_the_site_in_one_thing() -> None:
         Site("consumer-pcie4", 24.7),  # no more is usable there
         Site("h200", 40, 128),
     ]
-    assert sites(["h200"], [], []) == [Site("h200", 144.1)]
+    usable_gb = math.floor(get_platform("h200").usable_bytes / 1e8) / 10
+    assert sites(["h200"], [], []) == [Site("h200", usable_gb)]
     with pytest.raises(InputError, match="--budget"):
         sites(["h200"], [-1], [])
 
 
 def test_another_link_is_a_platform_of_its_own() -> None:
     question = ask([SMALL])
-    with scenario_at(question, Site("h200", 10, 110.26)) as scenario:
+    doubled = 2 * get_platform("h200").link_bytes_per_s / 1e9
+    with scenario_at(question, Site("h200", 10, doubled)) as scenario:
         moved = scenario.sampler().bank
     with scenario_at(question, Site("h200", 10)) as scenario:
         plain = scenario.sampler().bank

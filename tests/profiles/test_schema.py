@@ -15,7 +15,15 @@ H200 = registry.DATA / "h200"
 
 @pytest.fixture
 def good() -> dict[str, Any]:
-    return json.loads((H200 / "qwen2.5-7b.json").read_text())
+    document = json.loads((H200 / "qwen2.5-7b.json").read_text())
+    decode = ((1, 512, 0.0072), (8, 1024, 0.0113), (32, 1024, 0.0208))
+    document["decode"] = [{"batch": b, "context_tokens": c, "time_s": t} for b, c, t in decode]
+    for field, points in {
+        "prefill": ((128, 0.0193), (1024, 0.0291), (4096, 0.124), (16384, 1.2)),
+        "streamed_layer_s": ((1, 0.0085), (8, 0.0086), (32, 0.0087)),
+    }.items():
+        document[field] = [{"tokens": n, "time_s": t} for n, t in points]
+    return document
 
 
 def put(document: dict[str, Any], path: str, value: Any) -> None:

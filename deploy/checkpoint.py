@@ -1,13 +1,10 @@
-"""A model's weights as the node handles them: cut to pieces, read straight to where they belong.
+"""A model's files: opened, checked, and read straight to where the weights belong.
 
 A `Checkpoint` is opened in a second whatever its size: its configuration and the headers of its
-files are read and checked, and what cannot be served is refused with a remedy. Its parameters are
-laid out in *pieces*, one run of bytes each: the base weights, then every decoder layer. What the
-node must know of the architecture (keys and values per token, order of the layers) is observed on
-the module itself, which runs one token without weights, on the meta device.
+files are read and checked, what cannot be served is refused with a remedy, and every parameter of
+the module (`mmrl.deploy.decoder`) is found among the stored tensors.
 """
 
-import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,15 +16,15 @@ from typing import Any, Self
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 
+from mmrl.deploy.decoder import OTHER, Decoder, Piece, construct, freeze_rope, line, observe
 from mmrl.deploy.sources import (
     INDEX_FILE,
     SINGLE_FILE,
     FileSource,
     RandomSource,
     Source,
-    Spread,
     Stored,
     stored_tensors,
 )
@@ -36,63 +33,12 @@ from mmrl.profiles.schema import Architecture
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANDOM_FILE = "random-weights.json"  # in place of weight files: {"seed": 0}
-ALIGNMENT = 256  # of a tensor within its piece, bytes: what CUDA's own allocator gives
 CHUNK_BYTES = 32 * 2**20  # read at a time: bounds what a conversion holds
 READERS = 4  # threads; more do not read faster from one disk
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 SAMPLES, SAMPLE = 64, 2048  # places, and elements each, where tied tables are compared
-LINE = 160  # characters of another library's error that are passed on
 SHAPE_TOLERANCE = 0.01  # up to here `architecture` keeps the configuration's own numbers
-ATTENDING = re.compile(r"\.(q_proj|k_proj|qkv_proj|query_key_value|c_attn)\.")
-OTHER = "choose another checkpoint"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A parameter in its piece.
-
-    Attributes:
-        name: Its name in the module; of tied parameters, the first.
-        dtype: Data type in memory.
-        shape: Its shape.
-        offset: First byte in the piece, a multiple of 256.
-        nbytes: Its bytes.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What is loaded and dropped together: the base weights, or one decoder layer.
-
-    Attributes:
-        nbytes: Bytes with the gaps between tensors, a multiple of 256.
-        tensors: Its parameters, in order.
-    """
-
-    nbytes: int
-    tensors: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoder:
-    """What a module without weights tells of itself; see the same names in `Checkpoint`."""
-
-    layers_path: str
-    pieces: tuple[Piece, ...]
-    aliases: dict[str, tuple[str, ...]]  # parameter -> all its names in the module
-    prefix: str  # of the parameters of the decoder without its head
-    spreads: dict[str, Spread]
-    kv_heads: int
-    head_dim: int
-    tied: bool
-    qkv_bias: bool
 
 
 @dataclass(frozen=True)
@@ -144,7 +90,7 @@ class Checkpoint:
         random = folder / RANDOM_FILE
         stored = {} if random.is_file() else stored_tensors(folder)
         resolved = _dtype(str(folder), config, dtype, stored)
-        decoder = _observe(str(folder), config, resolved)
+        decoder = observe(str(folder), config, resolved)
         source = (
             _random_source(_seed(random), decoder)
             if random.is_file()
@@ -164,7 +110,7 @@ class Checkpoint:
         name = f"{config.model_type} configuration"
         _refuse(name, config, config.to_dict())
         resolved = _dtype(name, config, dtype, {})
-        decoder = _observe(name, config, resolved)
+        decoder = observe(name, config, resolved)
         return cls._of(None, config, resolved, decoder, _random_source(seed, decoder))
 
     @classmethod
@@ -173,7 +119,7 @@ class Checkpoint:
         path: Path | None,
         config: PretrainedConfig,
         dtype: torch.dtype,
-        decoder: _Decoder,
+        decoder: Decoder,
         source: Source,
     ) -> Self:
         return cls(
@@ -284,10 +230,10 @@ class Checkpoint:
         """
         # Not torch.device("meta"): the buffers would be lost, and rotary frequencies with them.
         with init_empty_weights(include_buffers=False):
-            module = _construct(self.config, self.dtype, attn_implementation)
+            module = construct(self.config, self.dtype, attn_implementation)
         # It has replaced parameters one by one, tied ones too.
         module.tie_weights()
-        _freeze_rope(module)
+        freeze_rope(module)
         return module
 
     def architecture(self) -> Architecture:
@@ -337,7 +283,7 @@ def _folder(path_or_id: str | Path) -> Path:
         return Path(snapshot_download(path_or_id, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:  # what the hub's client raises derives from these
         raise InputError(
-            f"no folder '{path_or_id}', and the hub did not give it: {_line(error)}",
+            f"no folder '{path_or_id}', and the hub did not give it: {line(error)}",
             "correct the name, or download it where there is a network and name its folder",
         ) from error
 
@@ -360,7 +306,7 @@ def _configuration(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers validates with errors of many kinds
         remedy = "code that a checkpoint brings is never run" if "auto_map" in raw else OTHER
-        raise InputError(f"{path}: not understood: {_line(error)}", remedy) from error
+        raise InputError(f"{path}: not understood: {line(error)}", remedy) from error
     _refuse(str(folder), config, raw)
     text: PretrainedConfig = config.get_text_config(decoder=True)  # of a model that sees, too
     if text is not config and text.dtype is None:
@@ -400,159 +346,7 @@ def _dtype(
     return dtype
 
 
-def _construct(
-    config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
-) -> PreTrainedModel:
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    own = copy.deepcopy(config)  # from_config writes to it
-    module: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        own, dtype=dtype, **options
-    )
-    nn.Module.eval(module)
-    module.requires_grad_(False)
-    return module
-
-
-def _freeze_rope(module: nn.Module) -> None:
-    """Keep rotary frequencies as they were made.
-
-    Some kinds recompute them for the longest sequence of a call, so that one sequence's tokens
-    would depend on its neighbours, and a captured graph on the values it was captured with.
-    `max_context` ends where they would first change.
-    """
-    for part in module.modules():
-        kind = getattr(part, "rope_type", None)
-        if isinstance(kind, str):
-            part.rope_type = "default"  # type: ignore[assignment]
-        elif isinstance(kind, dict):
-            part.rope_type = dict.fromkeys(kind, "default")  # type: ignore[assignment]
-
-
-def _observe(name: str, config: PretrainedConfig, dtype: torch.dtype) -> _Decoder:
-    """Build the module without weights and see what it is made of."""
-    try:
-        with torch.device("meta"):
-            module = _construct(config, dtype, "eager")
-    except Exception as error:  # a configuration may be wrong in many ways
-        raise InputError(f"{name}: no causal language model: {_line(error)}", OTHER) from error
-    layers_path = _layers_path(name, module, config)
-    kv_heads, head_dim = _run_one_token(name, module, layers_path, dtype)
-    names: dict[int, list[str]] = {}
-    for parameter, value in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(value), []).append(parameter)
-    head = _head(module)
-    return _Decoder(
-        layers_path=layers_path,
-        pieces=_lay_out(module, layers_path),
-        aliases={same[0]: tuple(same) for same in names.values()},
-        prefix=module.base_model_prefix,
-        spreads=_spreads(module, config),
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        tied=head is not None and head is module.get_input_embeddings().weight,
-        qkv_bias=any(
-            ATTENDING.search(parameter) and parameter.endswith("bias")
-            for parameter in module.state_dict()
-        ),
-    )
-
-
-def _layers_path(name: str, module: nn.Module, config: PretrainedConfig) -> str:
-    """Return the name of the list of decoder layers, the outermost list of that length."""
-    lists = [
-        (path.count("."), path)
-        for path, part in module.named_modules()
-        if isinstance(part, nn.ModuleList)
-        and len(part) == getattr(config, "num_hidden_layers", None)
-        and len({type(layer) for layer in part}) == 1
-    ]
-    if not lists:
-        raise InputError(f"{name}: no uniform list of decoder layers ({config.model_type})", OTHER)
-    path: str = min(lists)[1]
-    return path
-
-
-def _run_one_token(
-    name: str, module: nn.Module, layers_path: str, dtype: torch.dtype
-) -> tuple[int, int]:
-    """Run one token without values; return heads and size of a head of the keys and values."""
-    order: list[int] = []
-    layers = list(module.get_submodule(layers_path).children())
-    for i, layer in enumerate(layers):
-        layer.register_forward_pre_hook(lambda *_, i=i: order.append(i))
-    _freeze_rope(module)
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            # As the node calls it: with positions, and a mask that transformers leaves alone.
-            token = torch.zeros((1, 1), dtype=torch.int64)
-            mask = torch.zeros((1, 1, 1, 1), dtype=dtype)
-            output = module(
-                input_ids=token, position_ids=token, attention_mask=mask, use_cache=True
-            )
-        if output.past_key_values is None:
-            raise ValueError("it keeps no keys and values")
-        cached = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-        shapes = {tuple(part.shape) for both in cached for part in both}
-    except Exception as error:  # a module that works otherwise may fail in any way
-        raise InputError(f"{name}: not a plain decoder: {_line(error)}", OTHER) from error
-    if order != list(range(len(layers))) or len(cached) != len(layers):
-        raise InputError(f"{name}: its layers do not run once each, in order", OTHER)
-    if len(shapes) != 1 or len(next(iter(shapes))) != 4:
-        raise InputError(f"{name}: its layers differ in the shape of keys and values", OTHER)
-    _, kv_heads, _, head_dim = shapes.pop()
-    return kv_heads, head_dim
-
-
-def _lay_out(module: nn.Module, layers_path: str) -> tuple[Piece, ...]:
-    in_layer = re.compile(re.escape(layers_path) + r"\.(\d+)\.")
-    pieces: list[list[TensorSpec]] = [
-        [] for _ in range(1 + len(list(module.get_submodule(layers_path).children())))
-    ]
-    for name, value in module.named_parameters():
-        match = in_layer.match(name)
-        piece = pieces[1 + int(match[1]) if match else 0]
-        offset = _end(piece)
-        piece.append(TensorSpec(name, value.dtype, tuple(value.shape), offset, value.nbytes))
-    return tuple(Piece(_end(piece), tuple(piece)) for piece in pieces)
-
-
-def _end(piece: Sequence[TensorSpec]) -> int:
-    """Return where the next tensor of a piece begins."""
-    end = piece[-1].offset + piece[-1].nbytes if piece else 0
-    return -(-end // ALIGNMENT) * ALIGNMENT
-
-
-def _head(module: PreTrainedModel) -> nn.Parameter | None:
-    """Return the weights of the output head."""
-    head: nn.Module | None = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return None if head is None else head.get_parameter("weight")
-
-
-def _spreads(module: PreTrainedModel, config: PretrainedConfig) -> dict[str, Spread]:
-    """Return how random weights are spread so that greedy outputs are sane and varied.
-
-    A linear layer keeps the variance of what goes in, so that every layer matters beside the
-    embedding; logits have a standard deviation of 2. Queries and keys are larger: attention that
-    averages over everything forgets what came before, and greedy outputs run in circles. Gains of
-    norms have mean 0: with tied tables and gains about 1, a token's most likely successor would be
-    the token itself.
-    """
-    gain = -1.0 if config.model_type.startswith("gemma") else 0.0  # Gemma's norms add 1
-    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-    tables.add(id(_head(module)))
-    spreads = {}
-    for name, value in module.named_parameters():
-        if value.ndim >= 2:
-            scale = 2.0 if id(value) in tables else 2.5 if ATTENDING.search(name) else 1.0
-            spreads[name] = Spread(0.0, scale / value.shape[-1] ** 0.5)
-        elif name.endswith("bias"):
-            spreads[name] = Spread(0.0, 0.05)
-        else:
-            spreads[name] = Spread(gain, 1.0)
-    return spreads
-
-
-def _random_source(seed: int, decoder: _Decoder) -> RandomSource:
+def _random_source(seed: int, decoder: Decoder) -> RandomSource:
     sizes = [t.nbytes // t.dtype.itemsize for piece in decoder.pieces for t in piece.tensors]
     return RandomSource(seed, decoder.spreads, max(sizes))
 
@@ -564,7 +358,7 @@ def _seed(path: Path) -> int:
         raise InputError(f"{path}: holds no seed", "write it with mmrl testbed create") from error
 
 
-def _match(folder: Path, decoder: _Decoder, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def _match(folder: Path, decoder: Decoder, stored: Mapping[str, Stored]) -> dict[str, Stored]:
     """Find every parameter of the module among the stored tensors."""
     found: dict[str, Stored] = {}
     missing: list[str] = []
@@ -653,9 +447,3 @@ def _eos(path: Path | None, config: PretrainedConfig) -> tuple[int, ...]:
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list) else (int(eos),)
-
-
-def _line(error: BaseException) -> str:
-    """Return the beginning of an error's text as one line, or its kind if it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LINE else text[:LINE] + "..."

@@ -9,6 +9,7 @@ Time is real, or (`SimulatedTime`) that of the cost model: then the same jobs ru
 simulator says so, and every decision can be compared with the simulator's.
 """
 
+import logging
 import random
 import time
 from collections import deque
@@ -34,6 +35,8 @@ from mmrl.node.state import DONE, QUEUE_LIMIT, REFUSED, UNARRIVED
 
 FAILURES = 3  # failed iterations in a row after which a model is quarantined
 DECISIONS = 100  # that the engine remembers
+
+log = logging.getLogger("mmrl.engine")
 
 
 class Engine:
@@ -242,11 +245,12 @@ class Engine:
         while more:
             self.transfers.hold_stream()
             self.node.start_work()
-            if not self._memory.take_granted():
-                return
-            more = self.iterations.start()
-            self.transfers.start(self._memory.unsettled)
-        if not self._memory.unsettled:
+            taken = self._memory.take_granted()
+            more = taken and self.iterations.start()
+            self.transfers.start(self._memory.unsettled, self._memory.ungranted)
+        if not taken and not any(lane.current or lane.unfinished for lane in self._lanes.values()):
+            log.error("memory that was granted cannot be taken, and nothing that ends will free it")
+        if taken and not self._memory.unsettled:
             self.iterations.look_ahead()
 
     # ------------------------------------------------------------------ decisions
@@ -355,14 +359,14 @@ class Engine:
         for sequence, place in job.batch.items():
             token = job.result[place]
             if isinstance(token, BaseException):
-                self._count_failure(job.model)
+                self._count_failure(job.model, token)
                 self._end(sequence, Tokens((), Finish.ERROR, _describe(token)))
 
     def _fail(self, job: Job, error: BaseException) -> None:
         """Deal with an iteration that raised as a whole."""
         memory = isinstance(error, torch.OutOfMemoryError | OutOfDeviceMemory)
         self.node.fail_iteration(job.model, link_bound=job.gate is not None, out=memory)
-        self._count_failure(job.model)
+        self._count_failure(job.model, error)
         if memory:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -371,11 +375,13 @@ class Engine:
         for sequence in job.batch:
             self._end(sequence, Tokens((), Finish.ERROR, _describe(error)))
 
-    def _count_failure(self, m: int) -> None:
+    def _count_failure(self, m: int, error: BaseException) -> None:
         model = self.models[m]
+        log.error("an iteration of %s failed", model.name, exc_info=error)
         model.failures += 1
         if model.failures >= FAILURES and not model.quarantined:
             model.quarantined = True
+            log.error("%s failed %d times in a row: quarantined", model.name, model.failures)
             for sequence in [q for q in self._numbers.values() if q.model == m]:
                 self._end(sequence, Tokens((), Finish.ERROR, f"{model.name} failed repeatedly"))
 

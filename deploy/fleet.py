@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mmrl.agents.export import DEFAULT, ExportedPolicy, load_policy
-from mmrl.deploy.adapter import DeployAdapter
+from mmrl.deploy.adapter import FALLBACKS, DeployAdapter
 from mmrl.deploy.checkpoint import Checkpoint
 from mmrl.deploy.clock import Clock
 from mmrl.deploy.config import ModelConfig, ServeConfig
@@ -86,6 +86,7 @@ class Fleet:
             started_s=self.started_s,
             device=device_name(self.device),
             policy=engine.adapter.name,
+            champion=engine.adapter.champion.name,
             reverted=engine.adapter.reverted,
             draining=False,
             budget_bytes=int(s.budget_bytes),
@@ -98,7 +99,7 @@ class Fleet:
             compute_s=float(s.gpu_busy_ns.sum()) / 1e9,
             decisions_asked=int(s.decisions),
             illegal_actions=int(s.illegal_actions),
-            fallbacks=dict(engine.adapter.fallbacks),
+            fallbacks={why: engine.adapter.fallbacks[why] for why in FALLBACKS},
             decision_latencies_s=tuple(latencies),
             overhead_s=engine.overhead_ns / 1e9,
             models=tuple(self._model(m) for m in range(len(self.infos))),

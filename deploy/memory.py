@@ -4,13 +4,9 @@ Device memory is address space first and memory second. A `VirtualRange` reserve
 pages are put behind parts of it (`VirtualRange.commit`) and taken away again
 (`VirtualRange.decommit`) while every tensor and every captured CUDA graph that names the addresses
 stays valid. Nothing fragments, and a page given back by one model can be taken by any other. On
-CUDA this is the driver's virtual memory management; on a machine without a GPU the same interface
-stands on an anonymous mapping, whose pages the kernel takes back on request. `DeviceMemory` counts
-what is committed against the budget of the node.
-
-On CUDA memory that is given back is kept for the next taker, in frames of a few sizes, and it stays
-mapped until somebody needs it (`_Frames`): the driver would wipe what is released to it, at a cost
-of 2 ms for each GB that slows copies down meanwhile, and unmapping takes time too.
+CUDA this is the driver's virtual memory management (`mmrl.deploy.frames`); on a machine without a
+GPU the same interface stands on an anonymous mapping, whose pages the kernel takes back on request.
+`DeviceMemory` counts what is committed against the budget of the node.
 
 The host copy of the weights and the saved KV lie in a `HostArena`: a mapping of exactly the size
 asked for, page-locked where a GPU copies from it. (torch's own page-locked allocator rounds each
@@ -18,7 +14,6 @@ allocation up to a power of two, and keeps what is freed.)
 """
 
 import errno
-import importlib
 import mmap
 import os
 import threading
@@ -30,6 +25,7 @@ from typing import Any
 
 import torch
 
+from mmrl.deploy.frames import Driver, DriverOutOfMemory, Frames
 from mmrl.errors import MmrlError
 
 CPU_GRANULE = 64 << 10  # bytes; a multiple of the page size
@@ -67,11 +63,11 @@ class DeviceMemory:
     """
 
     def __init__(self, device: torch.device, budget_bytes: int) -> None:
-        self._frames: _Frames | None = None
+        self._frames: Frames | None = None
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             device = torch.device("cuda", index)
-            self._frames = _Frames(_Driver(index), budget_bytes)
+            self._frames = Frames(Driver(index), budget_bytes)
         self.device = device
         self.budget_bytes = budget_bytes
         self.granule = CPU_GRANULE if self._frames is None else self._frames.driver.granule
@@ -125,7 +121,7 @@ class DeviceMemory:
             self._frames.limit(budget_bytes)
 
     def close(self) -> None:
-        """Give the memory back that is kept for the next taker; all ranges are closed by now."""
+        """Give the memory back that is kept for the next taker."""
         if self._frames is not None:
             self._frames.close()
 
@@ -199,6 +195,7 @@ class VirtualRange(ABC):
                 for part in parts[:mapped]:
                     self._unmap(*part)
                 self._memory._give(stop - start)
+                self._memory.close()  # others are short of memory too
                 raise
             self._parts.update(parts)
             self._mark(start, stop, taken=True)
@@ -298,7 +295,7 @@ class _CpuRange(VirtualRange):
 class _CudaRange(VirtualRange):
     """Addresses reserved with the driver, and frames behind each part."""
 
-    def __init__(self, memory: DeviceMemory, nbytes: int, frames: "_Frames") -> None:
+    def __init__(self, memory: DeviceMemory, nbytes: int, frames: Frames) -> None:
         super().__init__(memory, nbytes)
         self._frames = frames
         driver = frames.driver
@@ -323,10 +320,10 @@ class _CudaRange(VirtualRange):
         try:
             try:
                 self._frames.map(self._address + start, stop - start)
-            except _DriverOutOfMemory:
+            except DriverOutOfMemory:
                 torch.cuda.empty_cache()  # what torch keeps for later may be what is missing
                 self._frames.map(self._address + start, stop - start)
-        except _DriverOutOfMemory as error:
+        except DriverOutOfMemory as error:
             raise OutOfDeviceMemory(
                 f"{memory.device} is out of memory: {size_text(stop - start)} asked for while "
                 f"{size_text(memory.committed_bytes)} of the budget of "
@@ -343,134 +340,6 @@ class _CudaRange(VirtualRange):
             self._frames.driver.free(self._address, self.nbytes)
 
 
-class _Frames:
-    """The physical memory of a device, in frames that go from one place to the next.
-
-    A part is backed by as few frames as its size allows. When it is dropped its frames stay where
-    they are, for the part may come back first; they are unmapped when another needs them.
-
-    Args:
-        driver: Of the device.
-        limit_bytes: Most bytes of frames.
-
-    Attributes:
-        driver: As given.
-        total_bytes: Of all frames, in use or not.
-    """
-
-    SIZES = (64 << 20, 8 << 20)  # and the granule
-
-    def __init__(self, driver: "_Driver", limit_bytes: int) -> None:
-        self.driver = driver
-        self.total_bytes = 0
-        self._limit_bytes = limit_bytes
-        self._sizes = (*self.SIZES, driver.granule)
-        self._free: dict[int, list[Any]] = {size: [] for size in self._sizes}
-        self._used: dict[int, list[tuple[int, Any]]] = {}  # address -> sizes and handles
-        self._stale: dict[int, list[tuple[int, Any]]] = {}  # the same, in order of dropping
-
-    def map(self, address: int, nbytes: int) -> None:
-        """Back a part with memory; nothing to do if it is, or if its frames are still there."""
-        if address in self._used:
-            return
-        frames = self._stale.pop(address, None)
-        if frames is not None:
-            if sum(size for size, _ in frames) == nbytes:
-                self._used[address] = frames
-                return
-            self._unmap(address, frames)
-        self.unmap_within(address, nbytes)
-        frames = []
-        try:
-            at = address
-            for size in self._cut(nbytes):
-                handle = self._take(size)
-                try:
-                    self.driver.map(at, size, handle)
-                except BaseException:
-                    self._free[size].append(handle)
-                    raise
-                frames.append((size, handle))
-                at += size
-            self.driver.open(address, nbytes)
-        except BaseException:
-            self._unmap(address, frames)
-            raise
-        self._used[address] = frames
-
-    def drop(self, address: int) -> None:
-        """Let the frames of a part go, if it has any."""
-        frames = self._used.pop(address, None)
-        if frames is not None:
-            self._stale[address] = frames
-
-    def unmap_within(self, address: int, nbytes: int) -> None:
-        """Unmap what has been dropped within some addresses."""
-        for start in [start for start in self._stale if address <= start < address + nbytes]:
-            self._unmap(start, self._stale.pop(start))
-
-    def _cut(self, nbytes: int) -> list[int]:
-        sizes = []
-        for size in self._sizes:
-            count, nbytes = divmod(nbytes, size)
-            sizes += [size] * count
-        return sizes
-
-    def _take(self, size: int) -> Any:
-        """Return an unmapped frame of a size."""
-        while not self._free[size]:
-            room = self.total_bytes + size <= self._limit_bytes
-            if not room and self._find(size):
-                continue
-            try:
-                handle = self.driver.create(size)
-            except _DriverOutOfMemory:  # others use the device too
-                if not self._find(size):
-                    raise
-                continue
-            self.total_bytes += size
-            return handle
-        return self._free[size].pop()
-
-    def _find(self, size: int) -> bool:
-        """Make one step towards a free frame of a size; return whether there was one to make."""
-        fitting = (at for at, frames in self._stale.items() if size in [one for one, _ in frames])
-        at = next(fitting, None)
-        spare = next((other for other in self._sizes if self._free[other]), None)
-        if at is None and spare is not None:
-            self._release(spare)  # makes room for one of the other size
-            return True
-        if at is None:
-            at = next(iter(self._stale), None)
-        if at is None:
-            return False
-        self._unmap(at, self._stale.pop(at))
-        return True
-
-    def limit(self, nbytes: int) -> None:
-        """Set the most bytes of frames, and give back those that are not in use."""
-        self._limit_bytes = nbytes
-        self.close()
-
-    def close(self) -> None:
-        """Give all frames back to the driver that are not in use."""
-        for at in list(self._stale):
-            self._unmap(at, self._stale.pop(at))
-        for size in self._sizes:
-            while self._free[size]:
-                self._release(size)
-
-    def _release(self, size: int) -> None:
-        self.driver.release(self._free[size].pop())
-        self.total_bytes -= size
-
-    def _unmap(self, address: int, frames: list[tuple[int, Any]]) -> None:
-        for size, handle in frames:
-            self.driver.unmap(address, size)
-            self._free[size].append(handle)
-            address += size
-
-
 class _CudaArray:
     """A plain address as an array of bytes that torch understands."""
 
@@ -482,76 +351,6 @@ class _CudaArray:
             "strides": None,
             "version": 3,
         }
-
-
-class _DriverOutOfMemory(MmrlError):
-    """The driver said CUDA_ERROR_OUT_OF_MEMORY."""
-
-
-class _Driver:
-    """The calls of the CUDA driver for virtual memory, each with its result checked.
-
-    Args:
-        index: Of the device.
-    """
-
-    def __init__(self, index: int) -> None:
-        try:
-            self._api: Any = importlib.import_module("cuda.bindings.driver")
-        except ImportError as error:
-            raise MmrlError(
-                "the Python bindings of the CUDA driver are missing", "pip install cuda-bindings"
-            ) from error
-        api = self._api
-        with torch.cuda.device(index):
-            torch.cuda.synchronize()  # makes torch's context, and makes it current here
-            self._context = self._result(api.cuCtxGetCurrent())
-        self._kind = api.CUmemAllocationProp()
-        self._kind.type = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        self._kind.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        self._kind.location.id = index
-        self._access = api.CUmemAccessDesc()
-        self._access.location = self._kind.location
-        self._access.flags = api.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        minimum = api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        self.granule = int(self._result(api.cuMemGetAllocationGranularity(self._kind, minimum)))
-
-    def reserve(self, nbytes: int) -> int:
-        return int(self._call("cuMemAddressReserve", nbytes, 0, 0, 0))
-
-    def free(self, address: int, nbytes: int) -> None:
-        self._call("cuMemAddressFree", address, nbytes)
-
-    def create(self, nbytes: int) -> Any:
-        return self._call("cuMemCreate", nbytes, self._kind, 0)
-
-    def release(self, handle: Any) -> None:
-        self._call("cuMemRelease", handle)
-
-    def map(self, address: int, nbytes: int, handle: Any) -> None:
-        self._call("cuMemMap", address, nbytes, 0, handle, 0)
-
-    def open(self, address: int, nbytes: int) -> None:
-        self._call("cuMemSetAccess", address, nbytes, [self._access], 1)
-
-    def unmap(self, address: int, nbytes: int) -> None:
-        self._call("cuMemUnmap", address, nbytes)
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        # A thread that has not used CUDA yet has no context.
-        self._result(self._api.cuCtxSetCurrent(self._context), "cuCtxSetCurrent")
-        return self._result(getattr(self._api, name)(*arguments), name)
-
-    def _result(self, answer: tuple[Any, ...], name: str = "the CUDA driver") -> Any:
-        code, *values = answer
-        if code == self._api.CUresult.CUDA_SUCCESS:
-            return values[0] if values else None
-        kind: type[MmrlError] = MmrlError
-        if code == self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            kind = _DriverOutOfMemory
-        raise kind(
-            f"{name} failed: {code.name}", "restart the server; is the GPU sound (nvidia-smi)?"
-        )
 
 
 class HostArena:

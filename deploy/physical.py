@@ -2,7 +2,8 @@
 
 Weights and KV blocks are committed where the state has granted them, and given back where it has
 taken them away. What a step ahead of the state still uses is given back when that has ended; until
-then what the state grants for it cannot be taken, and nothing new starts.
+then what the state grants for it cannot be taken, and no iteration starts. What frees memory goes
+on: saves, and the layers of the link-bound iteration.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from mmrl.deploy.node import LiveNode
 from mmrl.deploy.served import Rows, ServedModel
 from mmrl.deploy.transfers import Transfers
 from mmrl.deploy.weights import ModelWeights
-from mmrl.node.state import DONE, RESTORING, SAVING
+from mmrl.node.state import DONE
 
 
 class PhysicalMemory:
@@ -41,6 +42,12 @@ class PhysicalMemory:
         self._models, self._node, self._rows = models, node, rows
         self._iterations, self._transfers = iterations, transfers
         self.unsettled: list[int] = []
+
+    @property
+    def ungranted(self) -> list[int]:
+        """Models whose granted weights have no memory yet."""
+        granted = self._node.state.granted
+        return [m for m, one in enumerate(self._models) if granted[m] > _pieces(one.weights)]
 
     def give_back(self) -> None:
         """Give back what the state has taken away.
@@ -72,7 +79,7 @@ class PhysicalMemory:
         """Take what the state has granted.
 
         Returns:
-            Whether all of it could be taken; if not, nothing new may start yet.
+            Whether all of it could be taken; if not, no iteration may start yet.
         """
         self.give_back()
         try:
@@ -104,11 +111,10 @@ class PhysicalMemory:
 
     def _compact_pools(self) -> None:
         """Close the holes of all pools, moving what nothing in flight uses."""
-        requests, running = self._node.requests, self._iterations.models_in_use
+        running, moving = self._iterations.models_in_use, self._transfers.moving
         movable: dict[int, set[int]] = {m: set() for m in range(len(self._models))}
-        for row, sequence in self._rows.items():
-            moving = requests[row]["state"] in (SAVING, RESTORING)
-            if not moving and sequence.model not in running:
+        for sequence in self._rows.values():
+            if sequence not in moving and sequence.model not in running:
                 movable[sequence.model].add(sequence.number)
         for m, model in enumerate(self._models):
             model.pool.compact(movable[m])

@@ -14,10 +14,12 @@ import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from mmrl.deploy.config import ServeConfig
+from mmrl.deploy.logs import configure_logs
 from mmrl.deploy.protocol import (
     Draining,
     EngineDown,
@@ -35,6 +37,7 @@ from mmrl.errors import InputError, MmrlError, unknown
 PICTURE_S = 0.25  # time between two pictures of the node
 RESTART_S = 1.0  # before an engine that died is started again; doubled each time
 LONGEST_RESTART_S = 30.0
+STOP_S = 10.0  # that an engine has to end
 COMMANDS = ("pin", "unpin", "preload", "release", "revert", "restore")
 REFUSALS: dict[str, type[Unavailable]] = {"queue_full": QueueFull, "quarantined": Quarantined}
 Progress = Callable[[str, int, int], None]  # model, bytes read, bytes in all
@@ -49,6 +52,7 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
     """Load the fleet and serve until told to stop: the main function of the engine's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front says when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    configure_logs()
     try:
         from mmrl.deploy.fleet import open_fleet
 
@@ -105,6 +109,9 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
                 pipe.send(("state", fleet.picture()))
     except BrokenPipeError:
         return
+    except Exception:  # the front starts another engine
+        log.critical("the engine failed", exc_info=True)
+        raise SystemExit(1) from None
     finally:
         with contextlib.suppress(OSError):
             pipe.send(("stopped",))
@@ -246,12 +253,18 @@ class EngineClient:
             await asyncio.sleep(0.02)
         return not self._requests
 
+    def hand_back(self) -> None:
+        """Answer the requests that have not ended: they have to be sent to another server."""
+        for items in self._requests.values():
+            items.put_nowait(Draining("the server goes down", "send the request again"))
+
     async def stop(self) -> None:
-        """End the engine's process."""
+        """End the engine's process; one that has not begun to serve has nothing to end."""
         self._closing = True
         self._send(("stop",))
         if self._process is not None:
-            await asyncio.to_thread(self._process.join, 10)
+            if self._ready:
+                await asyncio.to_thread(self._process.join, STOP_S)
             if self._process.is_alive():
                 self._process.kill()
                 await asyncio.to_thread(self._process.join)
@@ -318,7 +331,7 @@ class EngineClient:
             number, why, words = rest
             self._put(number, REFUSALS[why](words, "try again later"))
         elif kind == "state":
-            self._state = rest[0]
+            self._state = replace(rest[0], draining=self._draining)  # the engine does not know
         elif kind == "answer":
             number, result, error = rest
             answer = self._answers.pop(number)

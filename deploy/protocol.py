@@ -138,7 +138,8 @@ class Decision:
         model: Name of the model.
         verb: See ``mmrl.node.actions.VERBS``.
         by: ``policy``, ``champion`` (fallback, or after a revert), ``operator`` or ``node``.
-        reason: For example ``3 wait for qwen-7b, oldest 1.2 s of 2 s; phi was idle for 4 s``.
+        reason: For example ``makes room for phi (3 wait, the oldest 1.2 s of 2 s) · itself: idle
+            for 4.0 s``.
         latency_s: How long the decision took.
     """
 
@@ -159,6 +160,7 @@ class NodeState:
     started_s: float  # start of the engine
     device: str
     policy: str  # name of the policy that decides now
+    champion: str  # name of the rule that decides where the policy does not
     reverted: bool  # the champion decides instead of the policy
     draining: bool
     budget_bytes: int

@@ -25,7 +25,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, PretrainedConfig
 
-from mmrl.deploy.checkpoint import CHUNK_BYTES, DTYPES, RANDOM_FILE, Checkpoint, TensorSpec
+from mmrl.deploy.checkpoint import CHUNK_BYTES, DTYPES, RANDOM_FILE, Checkpoint
+from mmrl.deploy.decoder import TensorSpec
 from mmrl.deploy.sources import FLOATS, INDEX_FILE, SINGLE_FILE
 from mmrl.errors import InputError, MmrlError, unknown
 from mmrl.files import FULL_DISK

@@ -81,23 +81,34 @@ class Transfers:
         self.prefetched = 0
         self._on_host: set[Sequence_] = set()  # whose KV is saved, or being saved
 
-    def start(self, unsettled: Container[int]) -> None:
+    @property
+    def moving(self) -> set[Subject]:
+        """What goes over the link now, or is queued to."""
+        lanes = (self.h2d, self.d2h)
+        return {
+            task.of for lane in lanes for task in (lane.current, *lane.ahead) if task is not None
+        }
+
+    def start(self, unsettled: Container[int], ungranted: Sequence[int]) -> None:
         """Start what the state has put on the link, and queue what comes next.
 
         Args:
             unsettled: Rows whose KV blocks are still to be resized: they are moved after that.
+            ungranted: Models whose granted weights have no memory yet: they are loaded after that.
         """
         s = self._node.state
         kind = int(s.h2d_kind)
-        restores = kind == LINK_RESTORE and int(s.h2d_request) in unsettled
-        if kind != LINK_IDLE and self.h2d.current is None and not restores:
+        waits = (kind == LINK_RESTORE and int(s.h2d_request) in unsettled) or (
+            kind == LINK_LOAD and int(s.h2d_model) in ungranted
+        )
+        if kind != LINK_IDLE and self.h2d.current is None and not waits:
             of = self._subject(kind)
             ahead = next((one for one in self.h2d.ahead if one.of is of), None)
             if ahead is not None:
                 self.h2d.adopt(ahead)
             else:
                 self.h2d.start(self._job(of), Transfer(of))
-        if self._ahead:
+        if self._ahead and not ungranted:
             self._look_ahead()
         if s.d2h_request >= 0 and self.d2h.current is None and int(s.d2h_request) not in unsettled:
             saved = self._rows[int(s.d2h_request)]

@@ -21,7 +21,7 @@ from mmrl.deploy.memory import DeviceMemory, HostArena, copy_async, wait_for_str
 from mmrl.deploy.streaming import LinkBoundGate, StreamSlots
 
 if TYPE_CHECKING:
-    from mmrl.deploy.checkpoint import Piece
+    from mmrl.deploy.decoder import Piece
 
 HOST_ALIGNMENT = 4096  # bytes; each piece begins on a page of the host
 

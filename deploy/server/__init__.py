@@ -5,7 +5,6 @@
 
 from mmrl.deploy.server.app import create_app, stop_streams
 from mmrl.deploy.server.auth import read_keys
-from mmrl.deploy.server.logs import configure_logs
 from mmrl.deploy.server.settings import ServerSettings
 
-__all__ = ["ServerSettings", "configure_logs", "create_app", "read_keys", "stop_streams"]
+__all__ = ["ServerSettings", "create_app", "read_keys", "stop_streams"]

@@ -37,7 +37,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     counted = metrics.Metrics(engine)
     live = Live(engine, counted)
     texts = Texts()
-    completions = Completions(engine, texts, counted, live)
+    completions = Completions(engine, texts, (counted, live))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

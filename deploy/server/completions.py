@@ -5,9 +5,11 @@ closes the engine's iterator, wherever the request is.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import logging
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -23,14 +25,13 @@ from mmrl.deploy.protocol import (
 )
 from mmrl.deploy.server.errors import ApiError, from_engine, internal
 from mmrl.deploy.server.forms import ChatForm, Form, TextForm
-from mmrl.deploy.server.live import Live
-from mmrl.deploy.server.logs import log
-from mmrl.deploy.server.metrics import Metrics
-from mmrl.deploy.server.records import Record
+from mmrl.deploy.server.records import Record, Watcher
 from mmrl.deploy.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from mmrl.deploy.server.streams import DONE, EventStream, event, while_connected
 from mmrl.deploy.server.text import ModelText, Texts, TextStream, off_loop
 from mmrl.errors import InputError, unknown
+
+log = logging.getLogger("mmrl.server")
 
 # The status of a stream is decided when its first token is there, or after this time: an error of
 # the engine that comes sooner has its own status, a later one is told in the stream.
@@ -44,15 +45,13 @@ class Completions:
     Args:
         engine: Runs them.
         texts: Tokenisers.
-        metrics: Told of each request that has ended.
-        live: Told as well.
+        watchers: Told of each request.
     """
 
-    def __init__(self, engine: Engine, texts: Texts, metrics: Metrics, live: Live) -> None:
+    def __init__(self, engine: Engine, texts: Texts, watchers: Sequence[Watcher]) -> None:
         self._engine = engine
         self._texts = texts
-        self._metrics = metrics
-        self._live = live
+        self._watchers = tuple(watchers)
 
     def models(self) -> dict[str, ModelInfo]:
         """Return the fleet.
@@ -143,13 +142,8 @@ class Completions:
             sampling=body.sampling,
         )
         stream = TextStream(job.text, job.prompt, body.stops, generate.min_tokens)
-
-        def ended() -> None:
-            request.state.fields.update(job.record.fields)
-            self._metrics.observe(job.record)
-            self._live.observe(job.record)
-
-        run = Run(self._engine.generate(generate), stream, job, ended)
+        watchers = (_LogLine(request.state.fields), *self._watchers)
+        run = Run(self._engine.generate(generate), stream, job, watchers)
         return await while_connected(request.receive, run.begin() if body.stream else run.whole())
 
 
@@ -215,7 +209,7 @@ class Run:
         answers: The engine's.
         stream: Makes text of them.
         job: The request.
-        ended: Called once, when it has ended and before the client is told.
+        watchers: Told of its end before the client is.
     """
 
     def __init__(
@@ -223,13 +217,13 @@ class Run:
         answers: AsyncGenerator[Tokens, None],
         stream: TextStream,
         job: Job,
-        ended: Callable[[], None],
+        watchers: Sequence[Watcher],
     ) -> None:
         self._answers = answers
         self._stream = stream
         self._record = job.record
         self._form = job.form
-        self._ended = ended
+        self._watchers = watchers
         self._queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
         self._begun = asyncio.Event()
         self._producer: asyncio.Task[None] | None = None
@@ -295,6 +289,8 @@ class Run:
         Raises:
             ApiError: The engine did not run it, or failed.
         """
+        for watcher in self._watchers:
+            watcher.begun(self._record)
         try:
             async with aclosing(self._answers):
                 async for answer in self._answers:
@@ -306,7 +302,7 @@ class Run:
                         return
             raise ApiError(500, "The engine left the request without an end.")
         except Exception as error:
-            self._end(_outcome(error))
+            self._end(_outcome(error), str(error))
             if not isinstance(error, ApiError | Unavailable | InputError):
                 log.exception("the engine failed")
             raise from_engine(error) from error
@@ -319,6 +315,9 @@ class Run:
         text = self._stream.push(answer.tokens)
         if self._stream.tokens > before:
             self._record.take(self._stream.tokens - before)
+            if before == 0:
+                for watcher in self._watchers:
+                    watcher.first_token(self._record)
         if self._stream.stopped:
             return text, Finish.STOP
         if answer.finish is Finish.CANCELLED:
@@ -329,10 +328,21 @@ class Run:
             text += self._stream.finish()
         return text, answer.finish
 
-    def _end(self, outcome: str) -> None:
+    def _end(self, outcome: str, error: str = "") -> None:
         if self._record.ended is None:
-            self._record.end(outcome)
-            self._ended()
+            self._record.end(outcome, error)
+            for watcher in self._watchers:
+                watcher.ended(self._record)
+
+
+class _LogLine(Watcher):
+    """Adds what is known of a request to its line in the log."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self._fields = fields
+
+    def ended(self, record: Record) -> None:
+        self._fields.update(record.fields)
 
 
 def _outcome(error: Exception) -> str:

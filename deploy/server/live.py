@@ -10,59 +10,22 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from mmrl.deploy.protocol import Engine, NodeState
 from mmrl.deploy.server.metrics import Metrics
-from mmrl.deploy.server.records import Record
+from mmrl.deploy.server.recent import WINDOW_S, Recent
+from mmrl.deploy.server.records import Record, Watcher
 from mmrl.deploy.server.streams import event
 
 LOOK_S = 0.05  # well below the time between two pictures, so that none is passed over
 TELL_S = 0.25  # between two events of a page
 SAMPLE_S = 1.0
 HISTORY_S = 300.0
-WINDOW_S = 60.0  # of latencies
-WINDOW_REQUESTS = 5000  # of one model
 
 
-@dataclasses.dataclass(slots=True)
-class Recent:
-    """The requests of one model that got a first token, or missed a target, in the last minute."""
-
-    ttft: deque[tuple[float, float]] = dataclasses.field(default_factory=lambda: _window())
-    tpot: deque[tuple[float, float]] = dataclasses.field(default_factory=lambda: _window())
-    ended: deque[tuple[float, float]] = dataclasses.field(default_factory=lambda: _window())
-
-    def summary(self, now: float) -> dict[str, Any]:
-        """Return percentiles, and how many requests ended and missed a target."""
-        for values in (self.ttft, self.tpot, self.ended):
-            while values and values[0][0] < now - WINDOW_S:
-                values.popleft()
-        return {
-            "ttft_s": _percentiles(self.ttft),
-            "tpot_s": _percentiles(self.tpot),
-            "ended": len(self.ended),
-            "missed": int(sum(missed for _, missed in self.ended)),
-        }
-
-
-def _window() -> deque[tuple[float, float]]:
-    return deque(maxlen=WINDOW_REQUESTS)
-
-
-def _percentiles(values: Sequence[tuple[float, float]]) -> dict[str, float] | None:
-    """Return the median and the 95th percentile (nearest rank) of (time, value) pairs."""
-    if not values:
-        return None
-    ordered = sorted(value for _, value in values)
-    return {
-        name: ordered[math.ceil(share * len(ordered)) - 1]
-        for name, share in (("p50", 0.5), ("p95", 0.95))
-    }
-
-
-class Live:
+class Live(Watcher):
     """Follows an engine for the page and the metrics.
 
     Args:
@@ -80,17 +43,13 @@ class Live:
         self._tick = asyncio.Event()
         self._stopped = False
 
-    def observe(self, record: Record) -> None:
+    def begun(self, record: Record) -> None:
+        """Take a request that goes to the engine."""
+        self._recent.setdefault(record.info.name, Recent()).begin(record)
+
+    def ended(self, record: Record) -> None:
         """Take a request that has ended."""
-        now = time.monotonic()
-        recent = self._recent.setdefault(record.info.name, Recent())
-        if record.outcome == "invalid":
-            return
-        recent.ended.append((now, float(record.miss is not None)))
-        if record.ttft_s is not None:
-            recent.ttft.append((now, record.ttft_s))
-        if record.tpot_s is not None:
-            recent.tpot.append((now, record.tpot_s))
+        self._recent[record.info.name].end(record)
 
     async def follow(self) -> None:
         """Look at the engine until cancelled."""
@@ -101,7 +60,10 @@ class Live:
             if state is not None and state is not seen:
                 seen = state
                 self._metrics.picture(state)
-                if state.time_s - sampled >= SAMPLE_S or state.time_s < sampled:
+                if state.time_s < sampled:  # the clock was set back
+                    self._history.clear()
+                    sampled = -math.inf
+                if state.time_s - sampled >= SAMPLE_S:
                     sampled = state.time_s
                     self._history.append(_sample(state))
             if time.monotonic() - self._told >= TELL_S:
@@ -114,9 +76,8 @@ class Live:
         self._tell()
 
     def _tell(self) -> None:
-        now = time.monotonic()
-        self._told = now
-        self._latency = {name: recent.summary(now) for name, recent in self._recent.items()}
+        self._told = time.monotonic()
+        self._latency = {name: recent.summary() for name, recent in self._recent.items()}
         tick, self._tick = self._tick, asyncio.Event()
         tick.set()
 

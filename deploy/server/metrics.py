@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from mmrl.deploy.protocol import Engine, NodeState
-from mmrl.deploy.server.records import Record
+from mmrl.deploy.server.records import MISSES, OUTCOMES, Record, Watcher
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -75,7 +75,7 @@ NODE_COUNTERS = (
 )
 
 
-class Metrics:
+class Metrics(Watcher):
     """All metrics of one server, in a registry of their own."""
 
     def __init__(self, engine: Engine) -> None:
@@ -101,9 +101,15 @@ class Metrics:
             buckets=DECISION_S,
             registry=self.registry,
         )
+        self._known: set[str] = set()
         self.registry.register(NodeCollector(engine))
 
-    def observe(self, record: Record) -> None:
+    def first_token(self, record: Record) -> None:
+        """Take a request whose first token has come."""
+        assert record.ttft_s is not None
+        self._ttft.labels(record.info.name).observe(record.ttft_s)
+
+    def ended(self, record: Record) -> None:
         """Count a request that has ended."""
         model = record.info.name
         self._requests.labels(model, record.outcome).inc()
@@ -113,8 +119,6 @@ class Metrics:
             return
         self._prompt.labels(model).inc(record.prompt_tokens)
         self._tokens.labels(model).inc(record.tokens)
-        if record.ttft_s is not None:
-            self._ttft.labels(model).observe(record.ttft_s)
         if record.tpot_s is not None:
             self._tpot.labels(model).observe(record.tpot_s)
         if record.finished:
@@ -122,8 +126,22 @@ class Metrics:
 
     def picture(self, state: NodeState) -> None:
         """Take what a new picture of the node tells once."""
+        for model in state.models:
+            self._begin_at_zero(model.name)
         for latency_s in state.decision_latencies_s:
             self._decisions.observe(latency_s)
+
+    def _begin_at_zero(self, model: str) -> None:
+        """Have all series of a model: one that begins with its first event hides it from rates."""
+        if model in self._known:
+            return
+        self._known.add(model)
+        for each in (self._ttft, self._tpot, self._e2e, self._prompt, self._tokens):
+            each.labels(model)
+        for outcome in OUTCOMES:
+            self._requests.labels(model, outcome)
+        for miss in MISSES:
+            self._misses.labels(model, miss)
 
     def page(self) -> bytes:
         """Return all metrics as text, in the format of `CONTENT_TYPE`."""

@@ -17,8 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmrl.deploy.server.auth import Keys
 from mmrl.deploy.server.errors import ApiError, internal
-from mmrl.deploy.server.logs import log
 from mmrl.deploy.server.streams import ClientGone
+
+log = logging.getLogger("mmrl.server")
 
 # What may be read without a key: nothing here tells what anybody asked a model.
 OPEN = frozenset(

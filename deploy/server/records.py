@@ -6,8 +6,11 @@ from typing import Any
 
 from mmrl.deploy.protocol import ModelInfo
 
+OUTCOMES = ("stop", "length", "cancelled", "refused", "invalid", "error")
+MISSES = ("refused", "ttft", "tpot", "unfinished")
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class Record:
     """One request to a model, timed where the front sees it.
 
@@ -23,6 +26,7 @@ class Record:
         ended: When it ended.
         outcome: ``stop``, ``length``, ``cancelled`` (the client went), ``refused`` (queue full,
             draining, engine down, quarantined), ``invalid``, or ``error``.
+        error: What went wrong, if anything did.
     """
 
     info: ModelInfo
@@ -33,6 +37,7 @@ class Record:
     last: float | None = None
     ended: float | None = None
     outcome: str = ""
+    error: str = ""
 
     def take(self, tokens: int) -> None:
         """Count tokens that come now."""
@@ -41,10 +46,10 @@ class Record:
             self.first = self.last
         self.tokens += tokens
 
-    def end(self, outcome: str) -> None:
+    def end(self, outcome: str, error: str = "") -> None:
         """Note how it ended, now."""
         self.ended = time.perf_counter()
-        self.outcome = outcome
+        self.outcome, self.error = outcome, error
 
     @property
     def finished(self) -> bool:
@@ -69,6 +74,12 @@ class Record:
         return (self.ended or time.perf_counter()) - self.started
 
     @property
+    def late(self) -> bool:
+        """Return whether its first token came after its target, or will."""
+        waited_s = self.e2e_s if self.ttft_s is None else self.ttft_s
+        return waited_s > self.info.ttft_s
+
+    @property
     def miss(self) -> str | None:
         """Return which target it certainly missed: the earlier one counts, and only one.
 
@@ -79,8 +90,7 @@ class Record:
             return None
         if self.outcome == "refused" and self.first is None:
             return "refused"
-        ttft_s = self.e2e_s if self.ttft_s is None else self.ttft_s
-        if ttft_s > self.info.ttft_s:
+        if self.late:
             return "ttft"
         if self.info.tpot_s and self.tpot_s is not None and self.tpot_s > self.info.tpot_s:
             return "tpot"
@@ -93,7 +103,7 @@ class Record:
         def rounded(value: float | None) -> float | None:
             return None if value is None else round(value, 6)
 
-        return {
+        fields = {
             "model": self.info.name,
             "outcome": self.outcome,
             "prompt_tokens": self.prompt_tokens,
@@ -102,3 +112,17 @@ class Record:
             "tpot_s": rounded(self.tpot_s),
             "e2e_s": rounded(self.e2e_s),
         }
+        return {**fields, "error": self.error} if self.error else fields
+
+
+class Watcher:
+    """Is told of every request as it goes on."""
+
+    def begun(self, record: Record) -> None:
+        """Take a request that goes to the engine."""
+
+    def first_token(self, record: Record) -> None:
+        """Take a request whose first token has come."""
+
+    def ended(self, record: Record) -> None:
+        """Take a request that has ended."""

@@ -81,11 +81,7 @@ def command(
         raise InputError("nothing to send", "name a trace file or a --scenario")
     if scenario and drain is not None:
         raise InputError("--drain is the scenario's", "leave it out")
-    if policies and (not scenario or time_scale != 1 or warmup):
-        raise InputError(
-            "--simulate plays an episode of a --scenario whole and at its own pace",
-            "name one, without --time-scale and --warmup",
-        )
+    _check_simulated(policies, scenario, time_scale, warmup)
     place = out or Path("runs") / f"live-{datetime.now():%Y%m%d-%H%M%S}"
     console = Console(highlight=False)
 
@@ -112,22 +108,34 @@ def command(
         names = replay.served_names(workload, served, renames)
         beside = results.simulated(workload, policies) if policies else []
         workload = replay.stretched(workload, time_scale)
-    if len(workload.requests) == 0 or warmup >= workload.duration_s:
-        raise InputError(
-            f"{len(workload.requests)} requests in {workload.duration_s:g} s, the first "
-            f"{warmup:g} s of them warm-up: nothing to measure",
-            "take another episode, or warm up less",
-        )
+    _check_length(workload, warmup)
     with _progress(console, workload) as watch:
         run = asyncio.run(_send(url, workload, names, seed, warmup, watch))
     found = results.make_results(run, name, beside, url, seed)
     results.write(found, results.request_table(run), place)
     print_results(found, console)
-    _print_run(run, console)
-    console.print(f"\nwrote {escape(str(place))}", soft_wrap=True)
-    console.print(f"a page about it: mmrl report {escape(str(place))}", soft_wrap=True)
+    _print_run(run, place, console)
     if run.interrupted:
         raise typer.Exit(130)
+
+
+def _check_simulated(
+    policies: list[str], scenario: str, time_scale: float, warmup_s: float
+) -> None:
+    if policies and (not scenario or time_scale != 1 or warmup_s):
+        raise InputError(
+            "--simulate plays an episode of a --scenario whole and at its own pace",
+            "name one, without --time-scale and --warmup",
+        )
+
+
+def _check_length(workload: "Workload", warmup_s: float) -> None:
+    if len(workload.requests) == 0 or warmup_s >= workload.duration_s:
+        raise InputError(
+            f"{len(workload.requests)} requests in {workload.duration_s:g} s, the first "
+            f"{warmup_s:g} s of them warm-up: nothing to measure",
+            "take another episode, or warm up less",
+        )
 
 
 async def _served(url: str) -> list[str]:
@@ -206,7 +214,7 @@ def _progress(console: Console, workload: "Workload") -> Iterator["Watch | None"
         yield watch
 
 
-def _print_run(run: "Sent", console: Console) -> None:
+def _print_run(run: "Sent", place: Path, console: Console) -> None:
     import numpy as np
 
     ends = ", ".join(f"{count:,} {outcome}" for outcome, count in run.outcomes.items() if count)
@@ -216,3 +224,5 @@ def _print_run(run: "Sent", console: Console) -> None:
         if len(waits_s):
             middle, most = np.percentile(waits_s, (50, 99)) * 1e3
             console.print(f"{what} {middle:.1f} ms (median), {most:.1f} ms (p99)")
+    console.print(f"\nwrote {escape(str(place))}", soft_wrap=True)
+    console.print(f"a page about it: mmrl report {escape(str(place))}", soft_wrap=True)

@@ -1,14 +1,27 @@
 """`mmrl serve`: several models on one device behind an OpenAI-compatible server."""
 
 import asyncio
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from mmrl.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from mmrl.deploy.config import ServeConfig
+    from fastapi import FastAPI
+
+    from mmrl.deploy.config import ServeConfig, ServerConfig
+    from mmrl.deploy.process import EngineClient
+
+    Signals = asyncio.Queue[None]
 
 KEYS_VARIABLE = "MMRL_API_KEYS"
 
@@ -58,17 +71,7 @@ def command(
 
     mmrl testbed create llama-tiny --out models   makes a model to try it with.
     """
-    from mmrl.deploy.config import build_config, read_config
-
-    if len(models) == 1 and models[0].endswith(".toml"):
-        config = read_config(Path(models[0]))
-        data = config.model_dump(mode="json", exclude_defaults=True)
-        data["models"] = [
-            model.model_dump(mode="json", exclude_none=True) for model in config.models
-        ]
-    else:
-        data = {"models": [{"path": model} for model in models]}
-    given: dict[str, dict[str, Any]] = {
+    options: dict[str, dict[str, Any]] = {
         "node": {
             "policy": policy,
             "memory": memory,
@@ -76,28 +79,9 @@ def command(
             "device": device,
             "measure": measure or None,
         },
-        "server": {
-            "host": host,
-            "port": port,
-            "api_keys": None if api_keys is None else str(api_keys),
-        },
+        "server": {"host": host, "port": port, "api_keys": api_keys and str(api_keys)},
     }
-    for section, values in given.items():
-        data[section] = {
-            **data.get(section, {}),
-            **{field: value for field, value in values.items() if value is not None},
-        }
-    for name in preload or []:
-        for model in data["models"]:
-            if name in (model.get("name"), Path(model["path"]).name):
-                model["preload"] = True
-                break
-        else:
-            from mmrl.errors import unknown
-
-            known = [model.get("name") or Path(model["path"]).name for model in data["models"]]
-            raise unknown("model in --preload:", name, known)
-    config = build_config(data, models[0] if models[0].endswith(".toml") else "mmrl serve")
+    config = _config(models, options, preload or [])
     if config.node.measure:
         from mmrl.cli.profile_run import bars
         from mmrl.deploy.profiler.serving import measure_first
@@ -106,25 +90,125 @@ def command(
     asyncio.run(_serve(config))
 
 
+def _config(
+    models: list[str], options: dict[str, dict[str, Any]], preload: list[str]
+) -> "ServeConfig":
+    """Return the configuration of a file or of models; options go before what a file says.
+
+    Raises:
+        InputError: It is wrong.
+    """
+    from mmrl.deploy.config import build_config, read_config
+
+    where, data = "mmrl serve", dict[str, Any](models=[{"path": model} for model in models])
+    if len(models) == 1 and models[0].endswith(".toml"):
+        where = models[0]
+        config = read_config(Path(where))
+        data = config.model_dump(mode="json", exclude_defaults=True)
+        data["models"] = [one.model_dump(mode="json", exclude_none=True) for one in config.models]
+    for section, values in options.items():
+        given = {field: value for field, value in values.items() if value is not None}
+        data[section] = {**data.get(section, {}), **given}
+    named = {model.get("name") or Path(model["path"]).name: model for model in data["models"]}
+    for name in preload:
+        if name not in named:
+            raise unknown("model in --preload:", name, named)
+        named[name]["preload"] = True
+    return build_config(data, where)
+
+
 async def _serve(config: "ServeConfig") -> None:
-    """Start the engine, serve until a signal comes, drain, and stop."""
-    import os
-    import signal
+    """Start the engine and serve until a signal comes.
 
-    import uvicorn
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
+    What a person reads goes to stdout, the logs to stderr.
+    """
+    from mmrl.deploy.logs import configure_logs
     from mmrl.deploy.process import EngineClient
-    from mmrl.deploy.server import (
-        ServerSettings,
-        configure_logs,
-        create_app,
-        read_keys,
-        stop_streams,
-    )
+    from mmrl.deploy.server import ServerSettings, create_app, read_keys
 
-    console = Console(stderr=True)
     keys = read_keys(config.server.api_keys, os.environ)
+    _check_address(config.server)
+    configure_logs()
+    signals: Signals = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, None)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("starting the engine (the first time, code is compiled: up to a minute)")
+    bars, progress = _bars(console)
+    engine = EngineClient(config, progress)
+    try:
+        with bars:
+            started = await _unless_told(engine.start(), signals)
+        if started:
+            for note in engine.notes:
+                console.print(note)
+            app = create_app(engine, ServerSettings(keys, int(config.server.max_request)))
+            await _answer(config.server, engine, app, signals, console)
+    finally:
+        await engine.stop()
+
+
+async def _answer(
+    config: "ServerConfig",
+    engine: "EngineClient",
+    app: "FastAPI",
+    signals: "Signals",
+    console: Console,
+) -> None:
+    """Answer requests until a signal comes, then drain; a second signal ends the drain."""
+    from mmrl.deploy.server import stop_streams
+
+    server = _server(app, config)
+    running = asyncio.create_task(server.serve())
+    while not server.started and not running.done():
+        await asyncio.sleep(0.01)
+    if server.started:
+        host, port = server.servers[0].sockets[0].getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        console.print(f"serving {', '.join(engine.models)} at http://{host}:{port}")
+        await _unless_told(asyncio.shield(running), signals)
+        console.print("draining: running requests may end, new ones are refused")
+        await _unless_told(engine.drain(config.drain_timeout), signals)
+        engine.hand_back()
+        stop_streams(app)
+        server.should_exit = True
+    await running
+
+
+async def _unless_told(work: Awaitable[object], signals: "Signals") -> bool:
+    """Wait for some work; give it up and return False where a signal comes first."""
+    task = asyncio.ensure_future(work)
+    told = asyncio.create_task(signals.get())
+    try:
+        await asyncio.wait({task, told}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task  # raises what it raised
+        return task.done()
+    finally:
+        for each in (task, told):
+            each.cancel()
+        await asyncio.gather(task, told, return_exceptions=True)
+
+
+def _check_address(config: "ServerConfig") -> None:
+    """Refuse an address that cannot be listened on, before minutes go by.
+
+    Raises:
+        InputError: It is in use, or not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        socket.create_server((config.host, config.port), family=family).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(
+            f"cannot listen on {config.host} port {config.port}: {reason}",
+            "choose another --port or --host",
+        ) from None
+
+
+def _bars(console: Console) -> tuple[Progress, Callable[[str, int, int], None]]:
+    """Return the bars of the weights that are read, and what moves them."""
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -139,55 +223,22 @@ async def _serve(config: "ServeConfig") -> None:
             tasks[name] = bars.add_task(f"reading {name}", total=total)
         bars.update(tasks[name], completed=done)
 
-    configure_logs()
-    console.print("starting the engine (the first time, code is compiled: up to a minute)")
-    engine = EngineClient(config, progress)
-    try:
-        with bars:
-            await engine.start()
-        for note in engine.notes:
-            console.print(note, highlight=False)
-        settings = ServerSettings(api_keys=keys, max_request_bytes=int(config.server.max_request))
-        app = create_app(engine, settings)
-        server = _server(uvicorn, app, config)
-        stopping = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
-        running = asyncio.create_task(server.serve())
-        while not server.started and not running.done():
-            await asyncio.sleep(0.01)
-        if server.started:
-            address = server.servers[0].sockets[0].getsockname()
-            console.print(
-                f"serving {', '.join(engine.models)} at http://{address[0]}:{address[1]}",
-                highlight=False,
-            )
-            waiting = asyncio.create_task(stopping.wait())
-            await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            console.print("draining: running requests may end, new ones are refused")
-            await engine.drain(config.server.drain_timeout)
-            stop_streams(app)
-            server.should_exit = True
-        await running
-    finally:
-        await engine.stop()
+    return bars, progress
 
 
-def _server(uvicorn: Any, app: Any, config: "ServeConfig") -> Any:
+def _server(app: "FastAPI", config: "ServerConfig") -> Any:
     """Return a uvicorn server that leaves signals to us."""
+    import uvicorn
 
-    class Server(uvicorn.Server):  # type: ignore[misc]
+    class Server(uvicorn.Server):
         def capture_signals(self) -> Any:
-            import contextlib
-
-            return contextlib.nullcontext()
+            return nullcontext()
 
     return Server(
         uvicorn.Config(
             app,
-            host=config.server.host,
-            port=config.server.port,
+            host=config.host,
+            port=config.port,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=5,

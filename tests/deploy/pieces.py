@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from mmrl.deploy.checkpoint import Piece, TensorSpec
+from mmrl.deploy.decoder import Piece, TensorSpec
 from mmrl.deploy.memory import DeviceMemory, HostArena
 from mmrl.deploy.streaming import StreamSlots
 from mmrl.deploy.weights import ModelWeights, host_buffers, host_bytes

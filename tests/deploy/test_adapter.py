@@ -136,7 +136,8 @@ def test_a_late_policy_is_not_waited_for(node: LiveNode) -> None:
         release.wait(30)
         return np.zeros(count)
 
-    adapter = adapter_of(Policy(slow, True), node, deadline_s=0.02)
+    policy = Policy(slow, True)
+    adapter = adapter_of(policy, node, deadline_s=0.02)
     begun = time.monotonic()
     first = adapter.decide(node.nodes, node.table)
     second = adapter.decide(node.nodes, node.table)  # it still thinks about the first
@@ -148,6 +149,7 @@ def test_a_late_policy_is_not_waited_for(node: LiveNode) -> None:
         time.sleep(0.001)
     adapter.deadline_s = 10.0
     assert adapter.decide(node.nodes, node.table).by == "policy"
+    assert len(policy.seen) == 2  # the second question was not put on top of the first
 
 
 def test_after_a_revert_the_champion_decides(node: LiveNode) -> None:

@@ -24,7 +24,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmrl.deploy import testbed
-from mmrl.deploy.checkpoint import ALIGNMENT, Checkpoint
+from mmrl.deploy.checkpoint import Checkpoint
+from mmrl.deploy.decoder import ALIGNMENT
 from mmrl.errors import InputError, MmrlError
 from mmrl.profiles import registry
 from mmrl.profiles.derive import derive_profile

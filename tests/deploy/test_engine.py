@@ -18,12 +18,13 @@ from mmrl.deploy.clock import RealTime, SimulatedTime
 from mmrl.deploy.config import build_config
 from mmrl.deploy.engine import FAILURES, Engine
 from mmrl.deploy.fleet import Fleet, open_fleet
-from mmrl.deploy.memory import OutOfDeviceMemory
+from mmrl.deploy.memory import BudgetExceeded, OutOfDeviceMemory
 from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
 from mmrl.deploy.reasons import reason
 from mmrl.deploy.streaming import StreamSlots
 from mmrl.deploy.testbed import MODELS, configuration
 from mmrl.node.actions import (
+    LEVEL_0,
     LEVEL_25,
     LEVEL_50,
     LEVEL_100,
@@ -40,6 +41,7 @@ from mmrl.rules import get_rule
 from mmrl.rules.dispatch import suggest
 from mmrl.sim.kernel import act, next_decision, start
 from tests.deploy.test_adapter import Policy
+from tests.deploy.test_checkpoint import assemble
 
 GREEDY = Sampling(0.0)
 HANGS_S = 150.0  # no test takes so long, not even on a busy machine
@@ -334,6 +336,22 @@ def test_random_decisions_in_real_time_change_no_token(closing: list[Fleet]) -> 
     assert fleet.memory.peak_bytes <= fleet.memory.budget_bytes
 
 
+def generated(checkpoint: Checkpoint, asked: Generate) -> list[int]:
+    """What ``generate`` of transformers makes of a request, greedily."""
+    module: Any = assemble(checkpoint)
+    module.generation_config.eos_token_id = None
+    prompt = torch.tensor([asked.prompt])
+    with torch.inference_mode():
+        output = module.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=asked.max_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return [int(token) for token in output[0, len(asked.prompt) :]]
+
+
 def test_eight_families_share_a_device_and_lose_no_token(closing: list[Fleet]) -> None:
     """Random decisions: levels, evictions, reloads, preemption; every token as if alone."""
     names = [name for name in MODELS if name.endswith("-tiny")]
@@ -347,6 +365,8 @@ def test_eight_families_share_a_device_and_lose_no_token(closing: list[Fleet]) -
         for i in range(2 * len(models))
     ]
     wanted = expected(models, asked, closing)
+    for model, one, tokens in zip(models, asked, wanted, strict=False):  # one of each family
+        assert tokens == generated(model, one)
     fleet = fleet_of(models, 0.35, verbs="full")
     closing.append(fleet)
     engine, s, heard = fleet.engine, fleet.engine.node.state, Listener(fleet.engine)
@@ -486,6 +506,63 @@ def test_layers_that_came_for_a_step_that_does_not_come_do_no_harm(
     lost = node.copies - node.asked_layers
     assert events[0].closed
     assert lost == 0 if why == "load" else lost >= 2  # a load comes before them, no more
+
+
+def test_an_iteration_that_waits_for_its_layers_stops_no_other_model(closing: list[Fleet]) -> None:
+    fleet = fleet_of(checkpoints(2), 3.0, verbs="full")
+    closing.append(fleet)
+    engine, heard, s = fleet.engine, Listener(fleet.engine), fleet.engine.node.state
+    verb, held, go_on = decide_by_hand(engine), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        go_on.wait(HANGS_S)
+
+    linger(engine, hold)
+    engine.begin()
+    engine.call(lambda: verb(0, LEVEL_50))
+    engine.call(lambda: verb(1, LEVEL_100))
+    run(engine, lambda: bool((s.landed[:2] == [3, s.pieces[1]]).all()))
+    engine.submit(0, request(0, 30, 5))
+    run(engine, held.is_set)
+    engine.submit(1, request(1, 30, 20))
+    run(engine, lambda: 1 in heard.finish)
+    assert heard.finish == {1: Finish.LENGTH} and 0 not in heard.tokens
+    go_on.set()
+    run(engine, lambda: 0 in heard.finish)
+
+
+@pytest.mark.parametrize("frees", ["save", "link-bound iteration"])
+def test_memory_that_cannot_be_taken_yet_holds_up_nothing_that_frees_it(
+    frees: str, closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where blocks lie scattered, and cannot be moved before what uses them has ended."""
+    fleet = fleet_of(checkpoints(2), 3.0, verbs="full")
+    closing.append(fleet)
+    engine, s = fleet.engine, fleet.engine.node.state
+    heard, verb, memory = Listener(engine), decide_by_hand(engine), engine._memory
+    grow, refused = memory._grow, 0
+
+    def full() -> None:
+        nonlocal refused
+        streams = engine.iterations.link_bound.current is not None
+        if s.d2h_request >= 0 if frees == "save" else streams:
+            refused += 1
+            raise BudgetExceeded("scattered", "")
+        grow()
+
+    engine.begin()
+    engine.call(lambda: verb(0, LEVEL_100 if frees == "save" else LEVEL_0))
+    run(engine, lambda: s.granted[0] == s.landed[0] > 0)
+    monkeypatch.setattr(memory, "_grow", full)
+    engine.submit(0, request(0, 30, 20))
+    if frees == "save":
+        run(engine, lambda: len(heard.tokens.get(0, [])) > 2)
+        engine.call(lambda: verb(0, OUT))
+        run(engine, lambda: s.saved[0] == 1)
+        engine.call(lambda: verb(0, LEVEL_100))
+    run(engine, lambda: 0 in heard.finish)
+    assert heard.finish[0] is Finish.LENGTH and refused > 0
 
 
 def one_model(closing: list[Fleet], memory: float = 3.0, **node: Any) -> tuple[Engine, Listener]:
@@ -664,7 +741,8 @@ def test_a_trained_policy_serves(closing: list[Fleet]) -> None:
 @pytest.mark.parametrize("why", ["deadline", "not_finite", "error"])
 def test_the_champion_serves_where_the_policy_does_not(why: str, closing: list[Fleet]) -> None:
     """A policy that thinks for ever, says NaN or raises: the loop goes on, everybody is served."""
-    engine, heard = one_model(closing, 0.75, decision_deadline=0.02)
+    deadline_s = 0.02 if why == "deadline" else HANGS_S
+    engine, heard = one_model(closing, 0.75, decision_deadline=deadline_s)
     told = threading.Event()
 
     def scores(count: int) -> Any:

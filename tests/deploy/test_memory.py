@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrl.deploy import memory as memory_module
+from mmrl.deploy.frames import DriverOutOfMemory, Frames
 from mmrl.deploy.memory import (
     BudgetExceeded,
     DeviceMemory,
@@ -149,7 +150,7 @@ class FakeDriver:
 
     def create(self, nbytes: int) -> object:
         if sum(self.sizes.values()) + nbytes > self.room:
-            raise memory_module._DriverOutOfMemory("cuMemCreate failed")
+            raise DriverOutOfMemory("cuMemCreate failed")
         handle = object()
         self.sizes[handle] = nbytes
         return handle
@@ -189,7 +190,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeDriver, DeviceMemory]:
     driver = FakeDriver()
     memory = DeviceMemory(CPU, 100 * driver.granule)
     memory.granule = driver.granule
-    monkeypatch.setattr(memory, "_frames", memory_module._Frames(driver, memory.budget_bytes))
+    monkeypatch.setattr(memory, "_frames", Frames(driver, memory.budget_bytes))
 
     def as_tensor(array: memory_module._CudaArray, device: torch.device) -> torch.Tensor:
         address, _ = array.__cuda_array_interface__["data"]

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,8 +21,9 @@ import torch
 from typer.testing import CliRunner
 
 from mmrl.cli.app import app
+from mmrl.deploy.adapter import FALLBACKS
 from mmrl.deploy.config import build_config
-from mmrl.deploy.fleet import open_fleet
+from mmrl.deploy.fleet import Fleet, open_fleet
 from mmrl.deploy.testbed import create
 from mmrl.errors import InputError, MmrlError
 
@@ -134,6 +137,7 @@ def test_many_clients_at_once(served: Served) -> None:
     state = served.state()
     assert sum(model["loads"] for model in state["models"]) >= 3
     assert state["decisions"] and all(decision["reason"] for decision in state["decisions"])
+    assert state["fallbacks"] == dict.fromkeys(FALLBACKS, 0)
 
 
 def test_a_disconnect_frees_the_kv_cache_at_once(served: Served) -> None:
@@ -219,7 +223,13 @@ def test_sigterm_drains_and_exits_cleanly(served: Served) -> None:
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["serve", *arguments, "--port", "0"])
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        result = CliRunner().invoke(app, ["serve", "--port", "0", *arguments])
+    finally:  # the logs went to a stream that is closed now
+        root.handlers[:] = handlers
+        root.setLevel(level)
     if isinstance(result.exception, MmrlError):
         return 2, str(result.exception)
     return result.exit_code, result.output
@@ -229,6 +239,12 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
     """What only the engine's process can find out reaches the user all the same."""
     code, output = run(str(tmp_path / "none"))
     assert code == 2 and "none" in output and "Traceback" not in output
+
+
+def test_an_address_in_use_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, output = run(str(tmp_path / "none"), "--port", str(taken.getsockname()[1]))
+    assert code == 2 and "in use" in output and "--port" in output
 
 
 def test_wrong_options_are_told_in_one_line(tmp_path: Path) -> None:
@@ -257,6 +273,34 @@ def test_a_fleet_that_cannot_be_served_is_refused_with_a_remedy(tmp_path: Path) 
         with pytest.raises(InputError, match=re.escape(words)) as caught:
             open_fleet(config)
         assert caught.value.remedy
+
+
+def test_a_model_larger_than_host_memory_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(create("llama-tiny", tmp_path, name="a"))
+    config = build_config({"models": [path], "node": {"device": "cpu", "host_kv": 0}}, "test")
+    monkeypatch.setattr("mmrl.deploy.fleet.host_available_bytes", lambda: 2_000_000)
+    read: list[int] = []
+    with pytest.raises(InputError, match=r"a alone 2\.5 MB\), but 2\.0 MB are available"):
+        open_fleet(config, lambda name, done, total: read.append(done))
+    assert not read
+
+
+def test_a_model_that_cannot_be_loaded_at_start_is_named(tmp_path: Path) -> None:
+    paths = [str(create("llama-tiny", tmp_path, name=name)) for name in ("a", "b")]
+    models = [{"path": path, "preload": True, "pin": True} for path in paths]
+
+    def start(nbytes: int) -> Fleet:
+        node = {"device": "cpu", "memory": nbytes, "host_kv": 0}
+        return open_fleet(build_config({"models": models, "node": node}, "test"))
+
+    fleet = start(10**9)
+    room = int(fleet.engine.node.state.reserve_bytes + 1.9 * fleet.infos[0].weight_bytes)
+    fleet.engine.close()
+    fleet.close()
+    with pytest.raises(InputError, match=r"models\.1\.preload: b does not fit"):
+        start(room)
 
 
 def test_wrong_fields_of_a_config_are_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx2
 import openai
 import pytest
 
+from mmrl.deploy.logs import JsonFormatter
 from mmrl.deploy.protocol import (
     Draining,
     EngineDown,
@@ -24,11 +26,11 @@ from mmrl.deploy.protocol import (
     Unavailable,
 )
 from mmrl.deploy.server import ServerSettings, create_app, read_keys
-from mmrl.deploy.server.logs import JsonFormatter
 from mmrl.errors import InputError
 from tests.deploy.made_up_engine import (
     MadeUpEngine,
     Server,
+    made_up_state,
     make_engine,
     make_tokenizer,
     serving,
@@ -355,6 +357,22 @@ def test_wrong_parameters_are_named(
 
 
 @pytest.mark.parametrize(
+    ("path", "body"), [("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)]
+)
+def test_a_prompt_of_no_tokens(
+    url: str,
+    engine: MadeUpEngine,
+    path: str,
+    body: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mmrl.deploy.server.text.ModelText.encode", lambda *text, **more: [])
+    response = post(url, path, body)
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "empty_prompt" and engine.seen == []
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b"",
@@ -492,6 +510,10 @@ def test_while_the_engine_is_not_ready(url: str, engine: MadeUpEngine) -> None:
     assert HTTP.get(f"{url}/healthz").status_code == 200
     assert sample(url, "mmrl_ready") == 0
     engine.ready = True
+    engine.picture = lambda: replace(engine.still(), draining=True)  # type: ignore[type-var]
+    assert HTTP.get(f"{url}/readyz").json() == {"status": "draining"}
+    assert sample(url, "mmrl_draining") == 1
+    engine.picture = engine.still
     assert HTTP.get(f"{url}/readyz").json() == {"status": "ready"}
     assert sample(url, "mmrl_ready") == 1
 
@@ -625,6 +647,8 @@ def test_metrics_count_what_happened(folder: Path) -> None:
     engine = make_engine(folder)
     with serving(engine) as server:
         url = server.url
+        missed = 'mmrl_target_misses_total{model="beta",target="ttft"} 0.0'
+        until(lambda: missed in HTTP.get(f"{url}/metrics").text)  # before there is one
         post(url, "/v1/completions", TEXT)
         engine.fail = QueueFull("full")
         post(url, "/v1/completions", TEXT)
@@ -642,6 +666,55 @@ def test_metrics_count_what_happened(folder: Path) -> None:
         assert sample(url, 'mmrl_outs_total{model="alpha"}') == 2
         assert sample(url, 'mmrl_preemptions_total{model="alpha"}') == 4
         assert sample(url, 'mmrl_fallbacks_total{kind="deadline"}') == 2
+
+
+def test_a_request_that_waits_beyond_its_target_counts_at_once(folder: Path) -> None:
+    """Else a model that answers nobody would look like one that nobody asks."""
+    engine = make_engine(folder)
+    engine.infos = {"alpha": replace(engine.infos["alpha"], ttft_s=0.05)}
+    engine.hold = "queue"
+    with serving(engine) as server:
+
+        def latency() -> Any:
+            with HTTP.stream("GET", f"{server.url}/admin/events") as stream:
+                line = next(line for line in stream.iter_lines() if line)
+            return json.loads(line.removeprefix("data: "))["latency"].get("alpha")
+
+        thread = threading.Thread(target=post, args=(server.url, "/v1/completions", TEXT))
+        thread.start()
+        until(lambda: (latency() or {}).get("missed"))
+        found = latency()
+        assert (found["requests"], found["missed"], found["tpot_s"]) == (1, 1, None)
+        assert found["ttft_s"]["p50"] >= 0.05
+        engine.hold = "decode"
+        until(lambda: sample(server.url, 'mmrl_ttft_seconds_count{model="alpha"}') == 1)
+        assert sample(server.url, 'mmrl_e2e_seconds_count{model="alpha"}') == 0
+        engine.hold = ""
+        thread.join(20)
+        until(lambda: latency()["tpot_s"])
+        assert (latency()["requests"], latency()["missed"]) == (1, 1)
+
+
+def test_a_clock_that_is_set_back_begins_the_history_anew(folder: Path) -> None:
+    engine = make_engine(folder)
+    now = [1000.0]
+
+    def picture() -> Any:
+        now[0] += 2.0
+        return made_up_state(now[0], tuple(engine.infos.values()))
+
+    engine.picture = picture
+    with serving(engine) as server:
+
+        def times() -> list[float]:
+            with HTTP.stream("GET", f"{server.url}/admin/events") as stream:
+                line = next(line for line in stream.iter_lines() if line)
+            return [each["time_s"] for each in json.loads(line.removeprefix("data: "))["history"]]
+
+        until(lambda: len(times()) > 2)
+        now[0] = 0.0
+        until(lambda: max(times(), default=999) < 900)
+        assert times() == sorted(times())
 
 
 def test_the_latencies_of_a_picture_count_once(folder: Path) -> None:
@@ -684,16 +757,19 @@ def test_each_request_has_an_id_and_a_line(url: str, engine: MadeUpEngine) -> No
         other = post(url, "/v1/completions", b"{", **{"x-request-id": "not ok"})
         assert len(other.headers["x-request-id"]) == 24
         HTTP.get(f"{url}/healthz")
-        until(lambda: lines.getvalue().count("\n") >= 2)
+        engine.fail_after = 3
+        post(url, "/v1/completions", TEXT)
+        until(lambda: lines.getvalue().count("\n") >= 3)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
-    first, second = (json.loads(line) for line in lines.getvalue().splitlines())
+    first, second, third = (json.loads(line) for line in lines.getvalue().splitlines())
     assert first["id"] == "mine-1" and first["status"] == 200
     assert first["model"] == "alpha" and first["outcome"] == "length"
     assert (first["prompt_tokens"], first["tokens"]) == (1, 16)
     assert 0 <= first["ttft_s"] <= first["e2e_s"] <= first["seconds"]
     assert second["status"] == 400 and second["path"] == "/v1/completions"
+    assert (third["outcome"], third["error"], third["tokens"]) == ("error", "out of luck", 3)
 
 
 def test_open_pages_do_not_hold_a_server_that_goes_down(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -84,9 +85,37 @@ def test_the_button_reverts_and_restores(browser: Browser, folder: Path) -> None
         until(lambda: engine.commands == [("revert", None)])
         node.reverted = True
         browser.until("document.querySelector('#revert').innerText === 'Let the policy decide'")
-        assert "champion decides" in text_of(browser, "#notice")
+        assert "champion (slack) decides" in text_of(browser, "#notice")
+        assert "slack decides" in text_of(browser, "#about")
         click(browser, "#revert")
         until(lambda: engine.commands[1:] == [("restore", None)])
+
+
+def test_nothing_is_to_be_reverted_where_the_champion_decides(
+    browser: Browser, folder: Path
+) -> None:
+    engine = make_engine(folder)
+    Moving(engine).policy = "slack"
+    with serving(engine) as server:
+        browser.open(server.url)
+        browser.until("document.querySelector('#link').innerText === 'live'")
+        assert browser.run("document.querySelector('#revert').disabled")
+        assert "is the champion" in str(browser.run("document.querySelector('#revert').title"))
+
+
+def test_the_page_goes_on_when_the_clock_is_set_back(browser: Browser, folder: Path) -> None:
+    engine = make_engine(folder)
+    Moving(engine, period_s=1.0)
+    with serving(engine) as server:
+        browser.open(server.url)
+        browser.until("samples.length >= 2 && document.querySelector('#tokens').innerText > 0")
+        picture, back_s = engine.picture, 3600.0
+        engine.picture = lambda: (
+            replace(state, time_s=state.time_s - back_s) if (state := picture()) else None
+        )
+        browser.until("samples.length >= 2 && samples.at(-1).time_s < Date.now() / 1000 - 1800")
+        assert browser.run("samples.every((each, k) => !k || each.time_s > samples[k - 1].time_s)")
+        browser.until("totals.length >= 2 && totals[0].time_s < Date.now() / 1000 - 1800")
 
 
 def test_the_button_asks_for_the_key_once(browser: Browser, folder: Path) -> None:

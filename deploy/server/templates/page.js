@@ -186,7 +186,8 @@ function showMemory(state) {
   element("key").replaceChildren(
     ...state.models.filter((model) => model.resident_bytes + model.kv_bytes).map((model) => make("span", {},
       swatch(model.name), `${model.name} ${size(model.resident_bytes)} + ${size(model.kv_bytes)} KV`)),
-    make("span", {}, `reserve ${size(state.reserve_bytes)}`),
+    make("span", { title: "streaming slots and workspace" }, make("i", { class: "reserve" }),
+      `reserve ${size(state.reserve_bytes)}`),
     make("span", {}, `free ${size(state.free_bytes)}`));
 }
 
@@ -199,10 +200,11 @@ function showTiles(state, latency) {
   element("wait").classList.toggle("late",
     state.models.some((model) => model.queued && model.oldest_wait_s > model.ttft_s));
   const all = Object.values(latency);
-  const ended = all.reduce((total, each) => total + each.ended, 0);
+  const requests = all.reduce((total, each) => total + each.requests, 0);
   const missed = all.reduce((total, each) => total + each.missed, 0);
-  setText(element("missed"), ended ? `${missed} of ${ended}` : "–");
-  element("missed").classList.toggle("late", missed > ended / 10);
+  setText(element("missed"), requests ? `${missed} of ${requests}` : "–");
+  element("missed").classList.toggle("late", missed > requests / 10);
+  if (state.time_s < (totals.at(-1)?.time_s ?? 0)) totals = [];  // the server's clock was set back
   totals.push({ time_s: state.time_s, tokens: sum("decode_tokens"), bytes: sum("load_bytes") + sum("stream_bytes") + sum("kv_restore_bytes") });
   while (totals.length > 2 && totals[0].time_s < state.time_s - RATE_S) totals.shift();
   const passed = state.time_s - totals[0].time_s;
@@ -238,13 +240,14 @@ function showHead(ready, state) {
   notice.hidden = !state?.reverted;
   if (!state) return;
   element("about").replaceChildren(`${state.device} · up ${span(state.time_s - state.started_s)} · `,
-    make("b", {}, state.reverted ? "the champion" : state.policy), " decides");
-  if (state.reverted) setText(notice, "An operator reverted this node: the champion decides until the policy is restored.");
+    make("b", {}, state.policy), " decides");
+  if (state.reverted) setText(notice, `An operator reverted this node: the champion (${state.champion}) decides until the policy is restored.`);
   reverted = state.reverted;
-  const button = element("revert");
-  button.disabled = busy;
+  const button = element("revert"), already = !reverted && state.policy === state.champion;
+  button.disabled = busy || already;
+  button.title = already ? `${state.champion} is the champion` : "";
   button.classList.toggle("reverted", reverted);
-  setText(button, reverted ? "Let the policy decide" : "Revert to champion");
+  setText(button, reverted ? "Let the policy decide" : `Revert to ${state.champion}`);
 }
 
 function show(message) {
@@ -263,12 +266,14 @@ function show(message) {
     }
     for (const model of state.models) showModel(model, message.latency[model.name]);
     for (const [name, made] of rows) made.node.hidden = !state.models.some((model) => model.name === name);
+    // What is later than now was seen before the server's clock was set back.
+    samples = samples.filter((sample) =>
+      sample.time_s > state.time_s - historySeconds && sample.time_s <= state.time_s);
     const last = samples.at(-1)?.time_s ?? 0;
     if (state.time_s - last >= 1) {
       samples.push({ time_s: state.time_s, models: Object.fromEntries(state.models.map((model) =>
         [model.name, [model.landed / model.pieces, model.target / model.pieces, model.queued, model.running]])) });
     }
-    samples = samples.filter((sample) => sample.time_s > state.time_s - historySeconds);
     drawTimelines(state.time_s);
     showMemory(state);
     showTiles(state, message.latency);

@@ -1,12 +1,10 @@
-"""Structured logs: one JSON object a line, one line for each request."""
+"""Structured logs: one JSON object a line, of the front and of the engine."""
 
 import json
 import logging
 import sys
 import time
 from typing import Any, TextIO
-
-log = logging.getLogger("mmrl.server")
 
 
 class JsonFormatter(logging.Formatter):

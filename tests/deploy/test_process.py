@@ -1,0 +1,159 @@
+"""The engine's process as the front sees it: answers, cancellation, deaths, the way down.
+
+The engine here has no models: it answers by a script, in a real process of its own.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+from mmrl.deploy import process
+from mmrl.deploy.config import ServeConfig, build_config
+from mmrl.deploy.process import EngineClient
+from mmrl.deploy.protocol import Draining, EngineDown, Finish, Generate, ModelInfo, Tokens
+from mmrl.errors import InputError, MmrlError
+from tests.deploy.made_up_engine import made_up_state
+
+INFO = ModelInfo("a", "a", 100, (1,), 2.0, 0.1, 1000, "derived")
+LAST, ENDLESS, DEADLY = 5, 6, 7  # prompts: one token is the answer; none ever comes; the end of it
+Scene = Callable[[EngineClient], Awaitable[None]]
+
+
+def scripted_engine(pipe: Connection, config: ServeConfig) -> None:
+    """Answers a prompt of `LAST` with its number; says on command what was cancelled."""
+    if config.models[0].path == "broken":
+        pipe.send(("failed", True, "no such model", "name another"))
+        return
+    cancelled = []
+    pipe.send(("ready", (INFO,), ("a note",)))
+    while True:
+        kind, *rest = pipe.recv()
+        if kind == "stop":
+            return
+        if kind == "cancel":
+            cancelled.append(rest[0])
+        elif kind == "command":
+            pipe.send(("answer", rest[0], {"cancelled": cancelled}, None))
+        elif rest[1].prompt[0] == DEADLY:
+            os._exit(3)
+        elif rest[1].prompt[0] == LAST:
+            pipe.send(("tokens", [(rest[0], Tokens((rest[0],), Finish.LENGTH))]))
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scene], None]:
+    """Runs a scene with an engine that has started."""
+    monkeypatch.setattr(process, "serve_engine", scripted_engine)
+    monkeypatch.setattr(process, "RESTART_S", 0.01)
+
+    def run(scene: Scene) -> None:
+        async def with_engine() -> None:
+            client = EngineClient(build_config({"models": ["a"]}, "test"))
+            await client.start()
+            try:
+                await asyncio.wait_for(scene(client), 60)
+            finally:
+                await client.stop()
+
+        asyncio.run(with_engine())
+
+    return run
+
+
+async def ask(client: EngineClient, prompt: int) -> list[Tokens]:
+    return [tokens async for tokens in client.generate(Generate("a", (prompt,), 9))]
+
+
+async def begin(client: EngineClient, prompt: int) -> "asyncio.Task[list[Tokens]]":
+    """Start a request, and return when the engine has it."""
+    task = asyncio.create_task(ask(client, prompt))
+    await asyncio.sleep(0)
+    assert not task.done()
+    return task
+
+
+def test_an_engine_that_dies_is_started_again(play: Callable[[Scene], None]) -> None:
+    """What is in flight is answered with an error, new requests with 503, later ones are served."""
+
+    async def scene(client: EngineClient) -> None:
+        first = client.pid
+        waiting = await begin(client, ENDLESS)
+        (dying,) = await ask(client, DEADLY)
+        (other,) = await waiting
+        assert dying.finish is other.finish is Finish.ERROR and "died" in other.error
+        with pytest.raises(EngineDown) as caught:
+            await ask(client, LAST)
+        assert caught.value.retry_after_s > 0
+        while not client.ready:
+            await asyncio.sleep(0.01)
+        assert client.restarts == 1 and client.pid != first
+        assert [tokens.finish for tokens in await ask(client, LAST)] == [Finish.LENGTH]
+
+    play(scene)
+
+
+def test_a_closed_iterator_cancels_its_request(play: Callable[[Scene], None]) -> None:
+    async def scene(client: EngineClient) -> None:
+        task = await begin(client, ENDLESS)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert await client.command("revert") == {"cancelled": [1]}
+
+    play(scene)
+
+
+def test_a_drain_waits_and_what_is_left_is_handed_back(play: Callable[[Scene], None]) -> None:
+    async def scene(client: EngineClient) -> None:
+        endless = await begin(client, ENDLESS)
+        assert not await client.drain(0.05)
+        assert not client.ready and not endless.done()
+        client._handle(("state", made_up_state(0.0, (INFO,))))
+        assert client.state is not None and client.state.draining
+        with pytest.raises(Draining):
+            await ask(client, LAST)
+        client.hand_back()
+        with pytest.raises(Draining, match="goes down"):
+            await endless
+        assert await client.drain(0.0)
+
+    play(scene)
+
+
+def test_an_engine_that_cannot_start_says_why(play: Callable[[Scene], None]) -> None:
+    async def start() -> None:
+        client = EngineClient(build_config({"models": ["broken"]}, "test"))
+        with pytest.raises(InputError, match="no such model"):
+            await client.start()
+        await client.stop()
+
+    asyncio.run(start())
+
+
+def test_what_does_not_fit_never_reaches_the_engine(play: Callable[[Scene], None]) -> None:
+    async def scene(client: EngineClient) -> None:
+        for request, words in (
+            (Generate("b", (1,), 1), "unknown model 'b'"),
+            (Generate("a", (), 1), "prompt is empty"),
+            (Generate("a", (1,), 0), "max_tokens"),
+            (Generate("a", (1,) * 60, 41), "context of 100"),
+        ):
+            with pytest.raises(MmrlError, match=words):
+                await anext(client.generate(request))
+
+    play(scene)
+
+
+def test_what_an_operator_asks_is_answered(play: Callable[[Scene], None]) -> None:
+    async def scene(client: EngineClient) -> None:
+        assert client.notes == ("a note",) and client.models == {"a": INFO}
+        assert await client.command("pin", "a") == {"cancelled": []}
+        wrong: list[tuple[Any, ...]] = [("explode",), ("pin", "b")]
+        for words in wrong:
+            with pytest.raises(InputError, match="unknown"):
+                await client.command(*words)
+
+    play(scene)

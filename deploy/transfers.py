@@ -187,7 +187,8 @@ class Transfers:
         if s.restore_len:
             return None
         streams = now is not None and now.of is self.gate is not None
-        streaming = s.lb_kind != IDLE and int(s.lb_layers) > int(streams)
+        # A layer whose slot is not free leaves the link to a load.
+        streaming = s.lb_kind != IDLE and int(s.lb_layers) > int(streams) and not s.stream_hold
         if s.load_len:
             if now is None or not (streams or isinstance(now.of, ServedModel)):
                 return None

@@ -20,11 +20,13 @@ from mmrl.deploy.profiler.computing import host_layer_s
 from mmrl.deploy.profiler.raw import Raw
 from mmrl.deploy.profiler.timing import SPREAD, median, spread
 from mmrl.errors import MmrlError
+from mmrl.profiles.costs import CostModel
 from mmrl.profiles.derive import derive_profile, estimate_workspace_bytes
 from mmrl.profiles.schema import (
     DecodePoint,
     Limits,
     LinkRates,
+    Overhead,
     Platform,
     Profile,
     Provenance,
@@ -45,6 +47,7 @@ TABLES = {
     "kv": ("kv",),
     "host_layer_s": ("host",),
     "slowdown": ("slowdown",),
+    "overhead": ("overhead",),
 }
 
 
@@ -161,11 +164,13 @@ def make_profile(raw: Raw, checkpoint: Checkpoint, machine: Machine) -> Profile:
         kv_restore=restore,
         host_model_s=host_model,
         slowdown=_slowdown(raw),
+        overhead=None,
         disk=_disk(raw) or platform.disk,
         provenance=_provenance(machine, raw, tuple(notes)),
     )
     if data_sheet(machine.device) is None:
         profile = profile.model_copy(update={"limits": _raised(profile)})
+    profile = profile.model_copy(update={"overhead": _overhead(raw, CostModel(profile))})
     return Profile.model_validate(profile.model_dump())
 
 
@@ -302,6 +307,26 @@ def _slowdown(raw: Raw) -> Slowdown | None:
         beside_load=_round(factors["load"]),
         beside_save=_round(factors["save"]),
         beside_stream=_round(factors["stream"]),
+    )
+
+
+def _overhead(raw: Raw, costs: CostModel) -> Overhead | None:
+    """Return what things took in the loop beyond their price, none where it was less."""
+    found = {p["what"]: p for p in raw.points("overhead") if p["times_s"]}
+    if not {"decode", "prefill", "save", "restore"} <= set(found):
+        return None
+    step, chunk = found["decode"], found["prefill"]
+    alone = {
+        "decode": costs.decode_s(step["batch"], step["context_tokens"]),
+        "prefill": costs.prefill_s(chunk["tokens"]),
+        "save": costs.kv_save_s(found["save"]["bytes"]),
+        "restore": costs.kv_restore_s(found["restore"]["bytes"]),
+    }
+    added = {what: max(0.0, median(found[what]["times_s"]) - alone[what]) for what in alone}
+    return Overhead(
+        decode_s=_round(added["decode"]),
+        prefill_s=_round(added["prefill"]),
+        kv_s=_round((added["save"] + added["restore"]) / 2),
     )
 
 

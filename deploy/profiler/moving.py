@@ -1,24 +1,26 @@
-"""What transfers take: loads, streamed iterations and saved KV, and what they cost a neighbour.
+"""What transfers take, what they cost a neighbour, and what the engine's loop adds to iterations.
 
 Loads and streamed iterations go through the engine's loop, which decides when each piece starts;
 KV goes through the workers that move it.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 
 from mmrl.deploy.clock import D2H, H2D
 from mmrl.deploy.kv import KVPool
 from mmrl.deploy.profiler.raw import Section
 from mmrl.deploy.profiler.subject import FIRST_KEY, NotResident, Subject
 from mmrl.deploy.profiler.timing import median
-from mmrl.deploy.served import ServedModel
+from mmrl.deploy.served import Sequence_, ServedModel
 from mmrl.deploy.streaming import LinkBoundGate
 from mmrl.deploy.transfers import Transfer
 from mmrl.deploy.workers import Task
 from mmrl.node.actions import LEVEL_0, LEVEL_25, LEVEL_50, LEVEL_75, LEVEL_100, OUT
-from mmrl.node.state import BLOCK_TOKENS, DECODE_STEP
+from mmrl.node.state import BLOCK_TOKENS, DECODE_STEP, PREFILL_CHUNK, SAVED, SEGMENT_STEPS
 
 LEVELS = (LEVEL_100, LEVEL_75, LEVEL_50, LEVEL_25, LEVEL_0)
 STREAM_BATCHES = (1, 8, 32)
@@ -29,29 +31,49 @@ SCATTERED = 8  # sequences that grew side by side, block by block
 BESIDE_BATCH, BESIDE_PROMPT = 8, 256
 BESIDE_STEPS, LEAST_STEPS = 60, 8
 SAVED_TOKENS = 4096
+LOOP_SEGMENTS, LOOP_PROMPTS, LOOP_PROMPT = 8, 12, 112
 
 
 def load(subject: Subject, section: Section) -> None:
-    """Measure loads from nothing to each level that fits."""
-    rig, name = subject.rig, subject.names[0]
+    """Measure loads from nothing to each level that fits, into memory that another has left.
+
+    That is what a load finds on a node that is full. The two instances take turns.
+    """
+    rig, turns = subject.rig, itertools.cycle(subject.names)
     pieces = [piece.nbytes for piece in subject.checkpoint.pieces]
-    for verb in LEVELS:
-        if verb > _highest(subject, 1):
-            section.skip({"level": _share(verb)}, "does not fit")
-            continue
+    with _room_for_one(subject):
+        for verb in LEVELS:
+            if verb > _highest(subject, 1):
+                section.skip({"level": _share(verb)}, "does not fit")
+                continue
 
-        def once(verb: int = verb) -> float:
+            def once(verb: int = verb) -> float:
+                for name in subject.names:
+                    rig.level(name, OUT)
+                return rig.level(next(turns), verb)
+
+            rig.transfers.clear()
+            held = _layers_at(subject, verb)
+            nbytes = pieces[0] + sum(pieces[1 : 1 + held])
+            section.measure(once, subject.patience(1.0, 3, 8), level=_share(verb), bytes=nbytes)
+            if verb == LEVEL_100:
+                section.values["copies_s"] = _link_times(subject, ServedModel)
+        for name in subject.names:
             rig.level(name, OUT)
-            return rig.level(name, verb)
-
-        rig.transfers.clear()
-        held = _layers_at(subject, verb)
-        nbytes = pieces[0] + sum(pieces[1 : 1 + held])
-        section.measure(once, subject.patience(1.0, 3, 8), level=_share(verb), bytes=nbytes)
-        if verb == LEVEL_100:
-            section.values["copies_s"] = _link_times(subject, ServedModel)
-    rig.level(name, OUT)
     rig.clear()
+
+
+@contextmanager
+def _room_for_one(subject: Subject) -> Iterator[None]:
+    """Leave the device memory for the weights of one instance only; none is on it now."""
+    memory = subject.rig.fleet.memory
+    given = memory.budget_bytes
+    weights = sum(subject.model.weights.piece_bytes)
+    memory.set_budget(min(given, memory.committed_bytes + weights))
+    try:
+        yield
+    finally:
+        memory.set_budget(given)
 
 
 def stream(subject: Subject, section: Section) -> None:
@@ -186,6 +208,76 @@ def _beside_stream(subject: Subject, section: Section, other: str) -> None:
     section.values["stream_step_s"] = median(rig.gaps(number, 1))
     rig.engine.call(lambda: rig.engine.cancel(number))
     rig.until(lambda: not rig.node.state.decoding[1])
+
+
+def overhead(subject: Subject, section: Section) -> None:
+    """Measure iterations and KV moves in the loop of a busy node, from end to end.
+
+    Beside the model its second instance decodes, where both fit, so that they alternate.
+    """
+    rig, (name, other) = subject.rig, subject.names
+    weights = sum(subject.model.weights.piece_bytes)
+    if _highest(subject, BESIDE_BATCH) < LEVEL_100:
+        raise NotResident("it does not fit on the device as a whole")
+    rig.level(name, LEVEL_100)
+    numbers = _submit(subject, name, BESIDE_BATCH, BESIDE_PROMPT)
+    if _highest(subject, BESIDE_BATCH, others=weights) == LEVEL_100:
+        rig.level(other, LEVEL_100)
+        numbers += _submit(subject, other, 1, BESIDE_PROMPT)
+    rig.until(lambda: all(rig.times[number] for number in numbers))
+    rig.steps.clear()
+    count = min(LOOP_SEGMENTS * SEGMENT_STEPS, subject.checkpoint.max_context // 4)
+    rig.until(lambda: len(_periods(subject, DECODE_STEP)) >= count)
+    steps = _periods(subject, DECODE_STEP)
+    context = int(rig.node.state.context_tokens[0]) // BESIDE_BATCH
+    runs = [steps[i : i + SEGMENT_STEPS] for i in range(0, count, SEGMENT_STEPS)]
+    times = [fmean(run) for run in runs]
+    section.add(times, what="decode", batch=BESIDE_BATCH, context_tokens=context)
+    tokens = min(LOOP_PROMPT, subject.checkpoint.max_context // 4)
+    times = [_prompt_in_loop(subject, tokens) for _ in range(LOOP_PROMPTS)]
+    section.add(times, what="prefill", tokens=tokens)
+    _kv_in_loop(subject, section)
+    _end(subject)
+
+
+def _kv_in_loop(subject: Subject, section: Section) -> None:
+    """Put the first model out and load it again; its sequences are saved and restored in turn."""
+    rig, name, s = subject.rig, subject.names[0], subject.rig.node.state
+    rig.transfers.clear()
+    rig.level(name, OUT)
+    rig.until(lambda: s.save_len == 0 and s.d2h_request < 0)
+    kept = [row for row in rig.node.requests[: s.n_requests] if row["state"] == SAVED]
+    nbytes = max((int(row["blocks"]) for row in kept), default=0) * subject.model.pool.block_bytes
+    rig.level(name, LEVEL_100)
+    rig.until(lambda: int(s.decoding[0]) == BESIDE_BATCH)
+    for what, worker in (("save", D2H), ("restore", H2D)):
+        moves = [
+            done
+            for done in rig.transfers
+            if done.worker == worker and isinstance(done.tag.of, Sequence_)
+        ]
+        times = [(b.ended_ns - a.ended_ns) / 1e9 for a, b in itertools.pairwise(moves)]
+        section.add(times, what=what, bytes=nbytes)
+
+
+def _prompt_in_loop(subject: Subject, tokens: int) -> float:
+    """Have a prompt computed between decode steps; return the time from the end of the last."""
+    rig = subject.rig
+    rig.steps.clear()
+    rig.until(lambda: len(rig.steps) > 1)
+    number = rig.submit(subject.names[0], tokens, 1)
+    rig.until(lambda: rig.finished([number]))
+    (period,) = _periods(subject, PREFILL_CHUNK)
+    return period
+
+
+def _periods(subject: Subject, kind: int) -> list[float]:
+    """Return the times from the iteration before to the end of each of the first model's."""
+    return [
+        step.ended_s - before.ended_s
+        for before, step in itertools.pairwise(subject.rig.steps)
+        if (step.model, step.kind) == (0, kind)
+    ]
 
 
 @contextmanager

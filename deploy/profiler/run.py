@@ -54,6 +54,7 @@ SECTIONS: dict[str, Job] = {
     "stream": moving.stream,
     "kv": moving.kv,
     "slowdown": moving.slowdown,
+    "overhead": moving.overhead,
     "host": computing.host,
 }
 FINER: dict[str, Job] = {

@@ -36,7 +36,7 @@ from mmrl.node.state import (
 from mmrl.profiles.schema import Profile
 from mmrl.scenarios.targets import TargetNumbers
 
-FORMAT = 1
+FORMAT = 2
 SAVE = 4  # a transfer device to host, beside LINK_RESTORE, LINK_STREAM and LINK_LOAD
 ITERATIONS = (
     "model",
@@ -47,6 +47,7 @@ ITERATIONS = (
     "tokens",  # of a chunk
     "layers",  # to be streamed
     "waits",  # for the load of its model
+    "beside",  # what the link had to do at its start: bits 1 << LINK_LOAD, LINK_STREAM, SAVE
     "start_ns",  # as the state has it
     "end_ns",
     "begun_ns",  # as the worker has it
@@ -209,8 +210,11 @@ class RecordedNode(LiveNode):
             batch, context = 1, int(self.requests["prefilled"][f.prefilling[m]])
         layers = int(f.lb_layers[0]) if link_bound else 0
         waits = link_bound and bool(f.landed[m] < f.lb_need[0])
+        beside = int(f.load_len[0] > 0) << LINK_LOAD
+        beside |= int(f.lb_kind[0] != IDLE and f.lb_layers[0] > 0) << LINK_STREAM
+        beside |= int(f.save_len[0] > 0 or f.d2h_request[0] >= 0) << SAVE
         tokens, now = int(f.gpu_tokens[0]), int(f.now_ns[0])
-        row = [m, kind, int(link_bound), batch, context, tokens, layers, int(waits), now]
+        row = [m, kind, int(link_bound), batch, context, tokens, layers, int(waits), beside, now]
         if link_bound:
             self._link_bound = row
         else:

@@ -1,8 +1,9 @@
 """Each iteration and transfer of a live run against its price in the simulator.
 
 The price is that of the very batch, context or bytes that the live node had. An iteration is
-compared by the time that its worker took; a link-bound one only where it had the link for itself
-and its model was not loading, for then its time is its own.
+compared by the time from its start to its end as the loop saw them, for that is what the simulator
+charges; a link-bound one only where it had the link for itself and its model was not loading, for
+then its time is its own.
 """
 
 from typing import Any
@@ -21,6 +22,7 @@ from mmrl.node.state import (
     PREFILL_CHUNK,
 )
 from mmrl.profiles.costs import decode_ns, prefill_chunk_ns
+from mmrl.sim.link import slow_share
 
 Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -52,7 +54,7 @@ def priced_steps(recording: Recording) -> dict[str, Steps]:
     }
     found = {}
     for name, chosen in kinds.items():
-        took_ns = (steps["ended_ns"] - steps["begun_ns"])[chosen]
+        took_ns = (steps["end_ns"] - steps["start_ns"])[chosen]
         found[name] = {
             "model": steps["model"][chosen],
             "batch": steps["batch"][chosen],
@@ -85,8 +87,14 @@ def transfer_errors(recording: Recording) -> dict[str, dict[str, Any]]:
     price_s = np.array(
         [_transfer_ns(node, transfers, i) * 1e-9 for i in range(len(transfers["kind"]))]
     )
+    kv = (transfers["kind"] == LINK_RESTORE) | (transfers["kind"] == SAVE)
+    took_ns = np.where(
+        kv,  # none of these is queued ahead: the loop's hand is in their price
+        transfers["end_ns"] - transfers["start_ns"],
+        transfers["ended_ns"] - transfers["begun_ns"],
+    )
     table = {
-        "took_s": (transfers["ended_ns"] - transfers["begun_ns"]) * 1e-9,
+        "took_s": took_ns * 1e-9,
         "price_s": price_s,
     }
     return {
@@ -121,10 +129,15 @@ def _price_ns(node: LiveNode, steps: Arrays, i: int) -> int:
     profile, context, tokens = int(s.profile[m]), int(steps["context"][i]), int(steps["tokens"][i])
     if steps["kind"][i] == DECODE_STEP:
         table, scale = node.decode_tables[profile], float(s.decode_scale[m])
-        compute = decode_ns(table, scale, int(steps["batch"][i]), context)
+        compute = step = decode_ns(table, scale, int(steps["batch"][i]), context)
     else:
+        step = decode_ns(node.decode_tables[profile], float(s.decode_scale[m]), 1, 0)
         table, scale = node.prefill_tables[profile], float(s.prefill_scale[m])
         compute = prefill_chunk_ns(table, scale, context, tokens)
+    if not steps["link_bound"][i]:
+        beside = int(steps["beside"][i])
+        moving = [bool(beside & 1 << kind) for kind in (LINK_LOAD, LINK_STREAM, SAVE)]
+        return int(compute + slow_share(s, m, *moving) * step + 0.5)
     layers = int(steps["layers"][i])
     streaming = int(s.stream_fixed_ns[m] + layers * s.stream_layer_ns[m]) if layers else 0
     return max(compute, streaming)

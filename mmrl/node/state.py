@@ -103,6 +103,9 @@ NODE = np.dtype(
         ("save_block_ns", "f8", _M),
         ("restore_fixed_ns", "i8", _M),
         ("restore_block_ns", "f8", _M),
+        ("beside_load", "f8", _M),  # share by which a decode step is longer while the link loads,
+        ("beside_stream", "f8", _M),  # ... streams,
+        ("beside_save", "f8", _M),  # ... or saves
         ("decode_scale", "f8", _M),  # cost jitter of the episode; 1 = as profiled
         ("prefill_scale", "f8", _M),
         # --- clock and decisions ----------------------------------------------------------------

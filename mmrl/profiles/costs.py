@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mmrl.node.jit import jit
 from mmrl.profiles.curves import DecodeCurve, PrefillCurve
-from mmrl.profiles.schema import Array, DecodePoint, Profile, TokenPoint
+from mmrl.profiles.schema import Array, DecodePoint, Overhead, Profile, TokenPoint
 
 DECODE_BATCHES = 64  # last row of the decode table
 CONTEXT_STEP_TOKENS = 1024  # mean context per sequence between two columns
@@ -87,14 +87,24 @@ class HeldOut:
 class CostModel:
     """Seconds of a model's iterations and transfers on a platform.
 
+    A price is what the node needs: the time by itself, and what the loop adds to it
+    (``profile.overhead``).
+
     Args:
         profile: The measured or derived profile; ``profile.kind`` tells which.
     """
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
-        self._decode = DecodeCurve(profile, profile.decode)
-        self._prefill = PrefillCurve(profile, profile.prefill)
+        self._decode_curve = DecodeCurve(profile, profile.decode)
+        self._prefill_curve = PrefillCurve(profile, profile.prefill)
+        self._overhead = profile.overhead or Overhead(decode_s=0, prefill_s=0, kv_s=0)
+
+    def _decode(self, batch: npt.ArrayLike, context_tokens: npt.ArrayLike) -> Array:
+        return self._decode_curve(batch, context_tokens) + self._overhead.decode_s
+
+    def _prefill(self, tokens: npt.ArrayLike) -> Array:
+        return self._prefill_curve(tokens) + self._overhead.prefill_s
 
     def decode_s(self, batch: int, context_tokens_per_sequence: float) -> float:
         """Return the time of one decode step of ``batch`` resident sequences."""
@@ -111,7 +121,7 @@ class CostModel:
 
     def prefill_compute_s(self, tokens: int) -> float:
         """Return what of a prefill is computing, were launching it free."""
-        return float(self._prefill.compute_s(tokens))
+        return float(self._prefill_curve.compute_s(tokens))
 
     def stream_layer_s(self, tokens: int = 1) -> float:
         """Return link seconds of one streamed layer in an iteration over ``tokens`` tokens.
@@ -131,11 +141,11 @@ class CostModel:
 
     def kv_save_s(self, n_bytes: float) -> float:
         """Return the time to move ``n_bytes`` of KV cache to the host."""
-        return self.profile.kv_save.seconds(n_bytes)
+        return self.profile.kv_save.seconds(n_bytes) + self._overhead.kv_s
 
     def kv_restore_s(self, n_bytes: float) -> float:
         """Return the time to move ``n_bytes`` of KV cache back to the device."""
-        return self.profile.kv_restore.seconds(n_bytes)
+        return self.profile.kv_restore.seconds(n_bytes) + self._overhead.kv_s
 
     def isolated_latency_s(
         self, prompt_tokens: npt.ArrayLike, output_tokens: npt.ArrayLike

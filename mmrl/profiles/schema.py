@@ -130,6 +130,18 @@ class Slowdown(Record):
     beside_stream: float = Field(gt=0)
 
 
+class Overhead(Record):
+    """What things take longer in the engine's loop, on a node that is busy, than by themselves.
+
+    A decode step (the mean of those that were queued ahead and those that were not), a prefill
+    chunk of a resident model, and the move of a sequence's KV cache in either direction.
+    """
+
+    decode_s: float = Field(ge=0)
+    prefill_s: float = Field(ge=0)
+    kv_s: float = Field(ge=0)
+
+
 class Limits(Record):
     """What the device cannot exceed (data sheet): bounds for every extrapolation."""
 
@@ -231,6 +243,7 @@ class Profile(Record):
     kv_restore: Transfer
     host_model_s: tuple[TokenPoint, ...] = ()
     slowdown: Slowdown | None = None
+    overhead: Overhead | None = None
     disk: Transfer | None = None
     provenance: Provenance
 

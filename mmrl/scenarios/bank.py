@@ -14,7 +14,7 @@ from mmrl.node.state import BLOCK_TOKENS, NODE
 from mmrl.profiles.costs import CostModel
 from mmrl.profiles.interpolate import interpolated_profiles
 from mmrl.profiles.registry import get_platform, get_profile
-from mmrl.profiles.schema import Platform, Profile, Transfer
+from mmrl.profiles.schema import Platform, Profile, Slowdown, Transfer
 
 LOAD_FIELDS = ("load_fixed_ns", "load_base_ns", "load_layer_ns")
 STREAM_FIELDS = ("stream_fixed_ns", "stream_layer_ns")
@@ -28,6 +28,9 @@ OTHER_FIELDS = (
     "save_block_ns",
     "restore_fixed_ns",
     "restore_block_ns",
+    "beside_load",
+    "beside_stream",
+    "beside_save",
 )
 CONSTANT_FIELDS = (*OTHER_FIELDS, *LOAD_FIELDS, *STREAM_FIELDS)
 
@@ -148,6 +151,7 @@ class CostBank:
 
 def _constants(row: int, profile: Profile, cost: CostModel) -> dict[str, int | float]:
     block_bytes = BLOCK_TOKENS * profile.kv_bytes_per_token
+    slowed = profile.slowdown or Slowdown(beside_load=1, beside_save=1, beside_stream=1)
     return {
         "profile": row,
         "pieces": profile.layers + 1,
@@ -159,10 +163,13 @@ def _constants(row: int, profile: Profile, cost: CostModel) -> dict[str, int | f
         "load_layer_ns": _move_ns(profile.load, profile.layer_bytes),
         "stream_fixed_ns": round(profile.stream.fixed_s * 1e9),
         "stream_layer_ns": round(cost.stream_layer_s() * 1e9),
-        "save_fixed_ns": round(profile.kv_save.fixed_s * 1e9),
+        "save_fixed_ns": round(cost.kv_save_s(0) * 1e9),
         "save_block_ns": block_bytes / profile.kv_save.bytes_per_s * 1e9,
-        "restore_fixed_ns": round(profile.kv_restore.fixed_s * 1e9),
+        "restore_fixed_ns": round(cost.kv_restore_s(0) * 1e9),
         "restore_block_ns": block_bytes / profile.kv_restore.bytes_per_s * 1e9,
+        "beside_load": max(0.0, slowed.beside_load - 1),
+        "beside_stream": max(0.0, slowed.beside_stream - 1),
+        "beside_save": max(0.0, slowed.beside_save - 1),
     }
 
 

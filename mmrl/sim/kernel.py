@@ -65,6 +65,7 @@ from mmrl.sim.link import (
     end_h2d,
     link_event_ns,
     links_pending,
+    slowed_ns,
     start_links,
 )
 
@@ -228,7 +229,7 @@ def start_iteration(
         if s.seg_left[m] == 0 and not settle_batch(s, r, m, decode_tables):
             return False
         s.decode_due[m] = 0
-        duration = s.step_ns[m]
+        duration = step_ns = s.step_ns[m]
     else:
         if s.prefilling[m] < 0:
             admit(s, r, m)
@@ -238,6 +239,9 @@ def start_iteration(
         duration = prefill_chunk_ns(
             prefill_tables[s.profile[m]], s.prefill_scale[m], request.prefilled, tokens
         )
+        step_ns = decode_ns(decode_tables[s.profile[m]], s.decode_scale[m], 1, 0)
+    if not link_bound:
+        duration = slowed_ns(s, m, duration, step_ns)
     s.gpu_kind = DECODE_STEP if decodes else PREFILL_CHUNK
     s.gpu_model = m
     s.gpu_tokens = tokens
@@ -336,7 +340,7 @@ def run_cycles(s: Record, r: Nodes, ready: npt.NDArray[np.int8], until_ns: int) 
 
     Applies when every runnable model only decodes, within its segment. Stops before a sequence
     finishes, a segment ends, a waiting head expires (which could change what can be admitted) and
-    ``until_ns``.
+    ``until_ns``, before which nothing changes on the link that would make steps slower or faster.
     """
     if s.dispatch == DISPATCH_LAS:
         return
@@ -351,7 +355,7 @@ def run_cycles(s: Record, r: Nodes, ready: npt.NDArray[np.int8], until_ns: int) 
         steps = min(steps, s.seg_left[m], s.seg_finish[m] - s.seg_steps[m] - 1)
         if steps <= 0:
             return
-        cycle += s.step_ns[m]
+        cycle += slowed_ns(s, m, s.step_ns[m], s.step_ns[m])
     for m in range(s.n_models):
         if s.queue_len[m] > 0 and s.target[m] > 0:
             find_head(s, r, m)
@@ -360,17 +364,18 @@ def run_cycles(s: Record, r: Nodes, ready: npt.NDArray[np.int8], until_ns: int) 
     if cycles <= 0:
         return
     ended = s.now_ns + (cycles - 1) * cycle
-    for step in range(1, s.n_models + 1):
-        m = (s.rr_last + step) % s.n_models
+    for place in range(1, s.n_models + 1):
+        m = (s.rr_last + place) % s.n_models
         if ready[m] == 0 or (only >= 0 and m != only):
             continue
-        ended += s.step_ns[m]
+        step_ns = slowed_ns(s, m, s.step_ns[m], s.step_ns[m])
+        ended += step_ns
         s.used_ns[m] = ended
         s.decode_due[m] = 0
         s.seg_steps[m] += cycles
         s.seg_left[m] -= cycles
         s.decode_tokens[m] += cycles * s.decoding[m]
-        s.gpu_busy_ns[m] += cycles * s.step_ns[m]
+        s.gpu_busy_ns[m] += cycles * step_ns
     if only >= 0:
         s.rr_last = only
     s.now_ns = ended

@@ -194,6 +194,34 @@ def links_pending(s: Record) -> bool:
 
 
 @jit
+def slow_share(s: Record, m: int, loads: bool, streams: bool, saves: bool) -> float:
+    """Return by which share a decode step of resident model ``m`` is longer beside all that."""
+    share = 0.0
+    if loads:
+        share = max(share, s.beside_load[m])
+    if streams:
+        share = max(share, s.beside_stream[m])
+    if saves:
+        share = max(share, s.beside_save[m])
+    return share
+
+
+@jit
+def slowed_ns(s: Record, m: int, duration_ns: int, step_ns: int) -> int:
+    """Return the time of an iteration of resident model ``m`` that starts now.
+
+    Args:
+        s: The node.
+        m: The model.
+        duration_ns: Its price while the link rests.
+        step_ns: That of the decode step of which the share is taken.
+    """
+    streams = s.lb_kind != IDLE and s.lb_layers > 0
+    saves = s.save_len > 0 or s.d2h_request >= 0
+    return int(duration_ns + slow_share(s, m, s.load_len > 0, streams, saves) * step_ns + 0.5)
+
+
+@jit
 def start_links(s: Record, r: Nodes) -> None:
     """Start a transfer on each idle direction of the link."""
     if s.h2d_kind == LINK_IDLE:

@@ -295,7 +295,14 @@ class ReferenceNode(ReferenceState):
     def _start(
         self, kind: int, model: Model, batch: list[Request], tokens: int, duration: int
     ) -> None:
-        end, link_bound = self.now_ns + duration, model.landed < model.pieces
+        link_bound = model.landed < model.pieces
+        if not link_bound:
+            step = model.step_ns
+            if kind == st.PREFILL_CHUNK:
+                table = self.decode_tables[model.profile]
+                step = decode_ns(table, model.decode_scale, 1, 0)
+            duration = int(duration + self._slow_share(model) * step + 0.5)
+        end = self.now_ns + duration
         need, layers = model.target, model.pieces - model.target
         self.rr_last = model.index
         self.gpu = Iteration(
@@ -303,6 +310,17 @@ class ReferenceNode(ReferenceState):
         )
         if link_bound:
             self.link_bound = self.gpu
+
+    def _slow_share(self, model: Model) -> float:
+        """By which share of a decode step an iteration that starts now is longer than alone."""
+        streaming, beside = self.link_bound, [0.0]
+        if self.load_queue:
+            beside.append(model.beside_load)
+        if streaming is not None and not streaming.abandoned and streaming.layers > 0:
+            beside.append(model.beside_stream)
+        if self.save_queue or self.d2h is not None:
+            beside.append(model.beside_save)
+        return max(beside)
 
     def _end_compute(self, iteration: Iteration) -> None:
         self.gpu = None

@@ -71,6 +71,9 @@ class Model:
     save_block_ns: float
     restore_fixed_ns: int
     restore_block_ns: float
+    beside_load: float  # shares by which a decode step is longer
+    beside_stream: float
+    beside_save: float
     decode_scale: float
     prefill_scale: float
     # weights

@@ -22,7 +22,7 @@ from mmrl.node.observe import observation_size
 from mmrl.node.state import DONE, NODE, REQUEST
 from mmrl.profiles.derive import derive_profile
 from mmrl.profiles.registry import get_platform
-from mmrl.profiles.schema import Transfer
+from mmrl.profiles.schema import Overhead, Slowdown, Transfer
 from mmrl.rules import get_rule
 from mmrl.workloads.generators import LengthSpec, WorkloadSpec
 from mmrl.workloads.trace import Trace
@@ -51,7 +51,9 @@ def arrivals(seed: int, count: int = 30, models: int = 3) -> Trace:
 def fleet() -> Iterator[Fleet]:
     """Three tiny models that do not fit together, with a link as slow as a real one's."""
     fleet = fleet_of(checkpoints(), 0.5, verbs="full")
-    changes = dict.fromkeys(("load", "stream", "kv_save", "kv_restore"), SLOW)
+    changes: dict[str, Any] = dict.fromkeys(("load", "stream", "kv_save", "kv_restore"), SLOW)
+    changes["slowdown"] = Slowdown(beside_load=1.3, beside_save=1.2, beside_stream=1.1)
+    changes["overhead"] = Overhead(decode_s=2e-4, prefill_s=5e-4, kv_s=3e-4)
     node = fleet.engine.node
     here = get_platform("consumer-pcie4")  # not this machine's, which is never quite the same
     node.models = tuple(
@@ -140,7 +142,7 @@ def test_random_decisions_are_forced_without_error(
 ) -> None:
     """Levels, streaming, pauses, focus: what a log of any verbs does is done again."""
     monkeypatch.setattr(measuring, "DeployAdapter", AtRandom)
-    found = compare(record(fleet, "slack", 4), tmp_path)
+    found = compare(record(fleet, "slack", 6), tmp_path)
     assert found.report["log"]["verbs"] > 20
     assert found.report["log"]["done"] == found.report["log"]["verbs"]
     assert (found.live.s["actions"] > 0).all() and found.live.s["stream_bytes"].sum() > 0

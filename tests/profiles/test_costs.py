@@ -19,7 +19,7 @@ from mmrl.profiles.costs import (
     decode_ns,
     prefill_chunk_ns,
 )
-from mmrl.profiles.schema import DecodePoint, Profile, TokenPoint
+from mmrl.profiles.schema import DecodePoint, Overhead, Profile, TokenPoint
 
 PAIRS = [(p, m) for p in registry.platforms() for m in registry.models(p)]
 MODELS = {pair: CostModel(registry.get_profile(*pair)) for pair in PAIRS}
@@ -191,6 +191,21 @@ def test_isolated_latency_of_many() -> None:
         pytest.approx(costs.prefill_s(10)),
         pytest.approx(float(costs.isolated_latency_s(500, 20))),
     ]
+
+
+def test_what_the_loop_adds_is_part_of_every_price() -> None:
+    profile = registry.get_profile("h200", "qwen2.5-7b")
+    alone = CostModel(profile)
+    added = Overhead(decode_s=1e-3, prefill_s=2e-3, kv_s=3e-3)
+    costs = CostModel(profile.model_copy(update={"overhead": added}))
+    assert costs.decode_s(3, 700) == pytest.approx(alone.decode_s(3, 700) + 1e-3)
+    assert costs.prefill_s(300) == pytest.approx(alone.prefill_s(300) + 2e-3)
+    more = costs.isolated_latency_s(300, 5) - alone.isolated_latency_s(300, 5)
+    assert more == pytest.approx(2e-3 + 4 * 1e-3)
+    assert costs.decode_table()[1:] == pytest.approx(alone.decode_table()[1:] + 1e-3)
+    assert costs.prefill_table() == pytest.approx(alone.prefill_table() + 2e-3)
+    assert costs.kv_save_s(1e6) == pytest.approx(alone.kv_save_s(1e6) + 3e-3)
+    assert costs.kv_restore_s(1e6) == pytest.approx(alone.kv_restore_s(1e6) + 3e-3)
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -147,6 +147,34 @@ def test_link_bound_iterations_share_the_link_with_the_load() -> None:
     assert sim.models[0].gpu_busy_ns == 60 * MS
 
 
+def test_iterations_take_longer_while_another_model_loads() -> None:
+    requests = [(0, 0, 20, 40), (55, 1, 20, 1), (56, 0, 20, 1)]
+    sim = node_of(requests, n_models=2, beside_load=0.5, beside_save=0.3)
+    sim.advance()
+    act(sim, 0, "level100")
+    wait_until(sim, 55)  # loaded; its own load has slowed nothing
+    act(sim, 1, "level100")
+    finish(sim)
+    # The load of model 1 goes from 55 to 110 (base at 70). Model 0: a step of 15 until 70. Then
+    # the link-bound prefill of model 1 computes 30, as ever, and waits. At 100 the other prompt of
+    # model 0: 30 and half a step. When its next step starts, at 135, the link rests.
+    assert times_ms(sim) == [(55.0, 135 + 38 * 10), (110.0, 110.0), (135.0, 135.0)]
+    assert sim.models[0].gpu_busy_ns == (30 + 15 + 35 + 38 * 10) * MS
+
+
+def test_steps_take_longer_while_another_model_streams() -> None:
+    requests = [(0, 0, 20, 30), (0, 1, 20, 2)]
+    sim = node_of(requests, n_models=2, full_verbs=1, beside_stream=0.2, stream_layer_ns=27 * MS)
+    sim.advance()
+    act(sim, 0, "level100")
+    act(sim, 1, "level50")
+    finish(sim)
+    # Model 0 is there at 55 and decodes at 65 and 75. Model 1 (base at 70, layer at 90) computes
+    # its prefill 75..105 and streams 90..118; beside it steps of 12 end at 117 and 129. Its step
+    # computes 129..139 and streams until 157; beside it steps of 12 end at 151 and 163.
+    assert times_ms(sim) == [(55.0, 163 + 23 * 10), (118.0, 157.0)]
+
+
 def test_level_change_abandons_what_waits_for_the_link() -> None:
     sim = node_of([(0, 0, 20, 2)], full_verbs=1, pieces=5, interval_ns=48 * MS)
     sim.advance()

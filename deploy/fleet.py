@@ -4,6 +4,7 @@ What it finds wrong (a model that cannot fit, too little host memory, a broken c
 before the first gigabyte is read.
 """
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from mmrl.deploy.checkpoint import Checkpoint
 from mmrl.deploy.clock import Clock
 from mmrl.deploy.config import ModelConfig, ServeConfig
 from mmrl.deploy.engine import Engine
+from mmrl.deploy.graphs import GraphPool
 from mmrl.deploy.hardware import device_name, find_device, usable_bytes, used_bytes
 from mmrl.deploy.known import find_profiles, model_dtype, notes_on
 from mmrl.deploy.kv import HostKV, KVPool
@@ -28,7 +30,7 @@ from mmrl.deploy.memory import (
 )
 from mmrl.deploy.node import LiveNode, ModelCosts, NodeNumbers
 from mmrl.deploy.protocol import ModelInfo, ModelState, NodeState
-from mmrl.deploy.runner import GraphPool, ModelRunner
+from mmrl.deploy.runner import ModelRunner
 from mmrl.deploy.served import ServedModel
 from mmrl.deploy.streaming import StreamSlots
 from mmrl.deploy.warm import warm_up
@@ -67,6 +69,7 @@ class Fleet:
 
     def close(self) -> None:
         """Give device and host memory back; the engine must be closed before."""
+        gc.unfreeze()
         for model in self.engine.models:
             model.weights.close()
             model.pool.close()
@@ -202,6 +205,10 @@ def open_fleet(
         f"policy {adapter.name} ({', '.join(verb_names(full_verbs))})"
     )
     notes = (*notes_on(found), here)
+    if device.type == "cuda":
+        # A pass over all that lives as long as the fleet can take a tenth of a second.
+        gc.collect()
+        gc.freeze()
     return Fleet(
         engine, infos, notes, device, time.time(), place.memory, place.slots, tuple(arenas)
     )

@@ -22,7 +22,6 @@ have fewer.
 """
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ from torch import nn
 
 from mmrl.deploy.attention import Decode, Prefill, use_paged_attention
 from mmrl.deploy.fuse import fuse
+from mmrl.deploy.graphs import GraphPool
 from mmrl.deploy.kv import BLOCK_TOKENS, KVPool, Table
 from mmrl.deploy.sampling import PARAMETERS, Choice, choose, forbid
 from mmrl.node.state import CHUNK_TOKENS
@@ -97,40 +97,6 @@ class _Page:
         """Wait until the device has done that."""
         if self._event is not None:
             self._event.synchronize()
-
-
-class GraphPool:
-    """Device memory that the CUDA graphs of all models of a device share.
-
-    They may: no two of them run at once, and none leaves anything there for another.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._handle: Any = None
-        self._stream: torch.cuda.Stream | None = None
-
-    def capture(self, run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-        """Return the graph of what a function launches; it is called a few times."""
-        graph = torch.cuda.CUDAGraph()
-        with self._lock:
-            if self._stream is None:
-                self._handle = torch.cuda.graph_pool_handle()
-                # One for all graphs: cuBLAS keeps a workspace for each stream it has seen.
-                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(self._stream):
-                for _ in range(2):  # what is set up at a first call is not part of the graph
-                    run()
-                self._stream.synchronize()
-            # Other threads go on using the device meanwhile.
-            with torch.cuda.graph(
-                graph,
-                pool=self._handle,
-                stream=self._stream,
-                capture_error_mode="thread_local",
-            ):
-                run()
-        return graph
 
 
 class ModelRunner:

@@ -12,9 +12,10 @@ if not torch.cuda.is_available():
 
 from mmrl.deploy import kernels
 from mmrl.deploy.attention import Decode, Prefill
+from mmrl.deploy.graphs import GraphPool
 from mmrl.deploy.kv import HostKV, KVPool
 from mmrl.deploy.memory import DeviceMemory
-from mmrl.deploy.runner import CHUNK_SIZES, LATER_SIZES, DecodeInput, GraphPool, ModelRunner
+from mmrl.deploy.runner import CHUNK_SIZES, LATER_SIZES, DecodeInput, ModelRunner
 from mmrl.deploy.sampling import Choice, choose, gumbel, noise_key
 from tests.deploy.families import CONFIGS, MAX_CONTEXT, generated, kv_shape, model, prompt
 

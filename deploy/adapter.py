@@ -107,6 +107,21 @@ class DeployAdapter:
                 "set node.verbs to those of the policy",
             )
 
+    def change(self, policy: ExportedPolicy | Rule, s: Record) -> None:
+        """Let another policy decide.
+
+        Raises:
+            InputError: It has other verbs than the node; nothing has changed then.
+        """
+        before, self.policy = self.policy, policy
+        try:
+            self.check(s)
+        except InputError:
+            self.policy = before
+            raise
+        self.reverted = False
+        self.prepare(s)
+
     def prepare(self, s: Record) -> None:
         """Set the dispatch rule that whoever decides was made with."""
         rule = self.policy.rule if isinstance(self.policy, ExportedPolicy) else self.policy

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from mmrl.agents.export import ExportedPolicy
 from mmrl.deploy.adapter import DeployAdapter
 from mmrl.deploy.clock import COMPUTE, D2H, H2D, LINK_BOUND, Clock, RealTime
 from mmrl.deploy.iterations import Iterations, Job
@@ -32,6 +33,7 @@ from mmrl.deploy.transfers import Transfers
 from mmrl.deploy.workers import Inbox, Lane, Worker
 from mmrl.node.actions import LEVEL_100, VERBS, WAIT, decode
 from mmrl.node.state import DONE, QUEUE_LIMIT, REFUSED, UNARRIVED
+from mmrl.rules import Rule
 
 FAILURES = 3  # failed iterations in a row after which a model is quarantined
 DECISIONS = 100  # that the engine remembers
@@ -165,6 +167,14 @@ class Engine:
         """Let the champion decide, or the policy again."""
         self.adapter.reverted = reverted
         self.adapter.prepare(self.node.state)
+
+    def change_policy(self, policy: ExportedPolicy | Rule) -> None:
+        """Let another policy decide; weights and requests stay as they are.
+
+        Raises:
+            InputError: It has other verbs than the node; nothing has changed then.
+        """
+        self.adapter.change(policy, self.node.state)
 
     def preload(self, m: int) -> bool:
         """Load a model if it fits now; return whether it does."""

@@ -175,7 +175,7 @@ def open_fleet(
     opened = checkpoints or [Checkpoint.open(m.path, model_dtype(m)) for m in config.models]
     _check_host_memory(config, opened)
     found = find_profiles(config, opened, device, real_time=clock is None or clock.real)
-    policy = _policy(config.node.policy)
+    policy = find_policy(config.node.policy)
     full_verbs = _full_verbs(config, policy)
     before = used_bytes(device) if device.type == "cuda" else 0
     place = _take_memory(config, opened, [one.profile for one in found], device, full_verbs)
@@ -388,6 +388,7 @@ def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> No
     node.kv_changes()
     node.begin_decision()
     node.legal(0, 0)
+    node.look()
     node.act(adapter.decide(node.nodes, node.table).action)
     adapter.reverted = True
     adapter.decide(node.nodes, node.table)
@@ -396,8 +397,12 @@ def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> No
     adapter.close()
 
 
-def _policy(name: str) -> ExportedPolicy | Rule:
-    """Return the policy of a name: a rule's, or the folder of a trained one."""
+def find_policy(name: str) -> ExportedPolicy | Rule:
+    """Return the policy of a name: a rule's, or the folder of a trained one.
+
+    Raises:
+        InputError: There is none.
+    """
     if name in rule_names():
         return get_rule(name)
     if name != DEFAULT and not Path(name).exists():

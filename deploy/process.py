@@ -38,7 +38,8 @@ PICTURE_S = 0.25  # time between two pictures of the node
 RESTART_S = 1.0  # before an engine that died is started again; doubled each time
 LONGEST_RESTART_S = 30.0
 STOP_S = 10.0  # that an engine has to end
-COMMANDS = ("pin", "unpin", "preload", "release", "revert", "restore")
+COMMANDS = ("pin", "unpin", "preload", "release", "revert", "restore", "policy")
+OF_THE_NODE = ("revert", "restore", "policy")  # and not of a model
 REFUSALS: dict[str, type[Unavailable]] = {"queue_full": QueueFull, "quarantined": Quarantined}
 Progress = Callable[[str, int, int], None]  # model, bytes read, bytes in all
 
@@ -69,9 +70,9 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
     engine.accept = lambda number: pipe.send(("accepted", number))
     running = True
 
-    def answer(number: int, name: str, model: str | None) -> None:
+    def answer(number: int, name: str, subject: str | None) -> None:
         try:
-            pipe.send(("answer", number, _command(engine, name, model), None))
+            pipe.send(("answer", number, _command(engine, name, subject), None))
         except InputError as error:
             pipe.send(("answer", number, {}, (error.message, error.remedy)))
 
@@ -118,8 +119,8 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
         engine.close()
 
 
-def _command(engine: Any, name: str, model: str | None) -> dict[str, Any]:
-    """Do what an operator asks for.
+def _command(engine: Any, name: str, subject: str | None) -> dict[str, Any]:
+    """Do what an operator asks for, of a model or with a policy.
 
     Raises:
         InputError: It is not possible.
@@ -127,16 +128,21 @@ def _command(engine: Any, name: str, model: str | None) -> dict[str, Any]:
     if name in ("revert", "restore"):
         engine.revert(name == "revert")
         return {"policy": engine.adapter.name}
-    m = engine.names.index(model)
+    if name == "policy":
+        from mmrl.deploy.fleet import find_policy
+
+        engine.change_policy(find_policy(str(subject)))
+        return {"policy": engine.adapter.name}
+    m = engine.names.index(subject)
     if name in ("pin", "unpin"):
         engine.set_pinned(m, name == "pin")
     elif name == "release":
         engine.release(m)
     elif not engine.preload(m):
         raise InputError(
-            f"{model} does not fit beside what is in use", "try again later, or unpin a model"
+            f"{subject} does not fit beside what is in use", "try again later, or unpin a model"
         )
-    return {"model": model}
+    return {"model": subject}
 
 
 # --- in the front's process ----------------------------------------------------------------
@@ -226,8 +232,8 @@ class EngineClient:
             if not finished:
                 self._send(("cancel", number))
 
-    async def command(self, name: str, model: str | None = None) -> dict[str, Any]:
-        """Do what an operator asks; see `COMMANDS`.
+    async def command(self, name: str, subject: str | None = None) -> dict[str, Any]:
+        """Do what an operator asks, of a model or with a policy; see `COMMANDS`.
 
         Raises:
             InputError: It is unknown, or not possible.
@@ -235,15 +241,19 @@ class EngineClient:
         """
         if name not in COMMANDS:
             raise unknown("command", name, COMMANDS)
-        if name not in ("revert", "restore") and model not in self._models:
-            raise unknown("model", str(model), self._models)
+        if name not in OF_THE_NODE and subject not in self._models:
+            raise unknown("model", str(subject), self._models)
         if not self._ready:
             raise EngineDown("the engine is starting", "try again", self._restart_s)
         self._number += 1
         answer: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._answers[self._number] = answer
-        self._send(("command", self._number, name, model))
-        return await answer
+        self._send(("command", self._number, name, subject))
+        result = await answer
+        if name == "policy":  # an engine that has to be started again goes on with it
+            node = self._config.node.model_copy(update={"policy": subject})
+            self._config = self._config.model_copy(update={"node": node})
+        return result
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait for those that run; return whether all ended."""

@@ -231,11 +231,11 @@ class Engine(Protocol):
             Unavailable: One of its kinds.
         """
 
-    async def command(self, name: str, model: str | None = None) -> dict[str, Any]:
+    async def command(self, name: str, subject: str | None = None) -> dict[str, Any]:
         """Do what an operator asks.
 
         ``pin``, ``unpin``, ``preload`` and ``release`` (from quarantine) a model; ``revert``: the
-        champion decides; ``restore``: the policy decides again.
+        champion decides; ``restore``: the policy decides again; ``policy``: another one decides.
 
         Raises:
             InputError: It is unknown, or not possible.

@@ -34,11 +34,9 @@ def routes(engine: Engine, live: Live) -> APIRouter:
     """Return the routes below ``/admin``."""
     router = APIRouter(prefix="/admin", tags=["admin"])
 
-    async def command(name: str, model: str | None = None) -> dict[str, Any]:
-        if model is not None and model not in engine.models:
-            raise ApiError(404, f"There is no model '{model}'.", code="model_not_found")
+    async def command(name: str, subject: str | None = None) -> dict[str, Any]:
         try:
-            return await engine.command(name, model)
+            return await engine.command(name, subject)
         except InputError as error:
             raise ApiError(409, str(error), code="not_possible") from error
         except MmrlError as error:
@@ -54,12 +52,19 @@ def routes(engine: Engine, live: Live) -> APIRouter:
         """Let the policy decide again."""
         return await command("restore")
 
+    @router.post("/policy/{policy:path}", responses=failures(401, 403, 409, 500, 503))
+    async def change_policy(policy: str) -> dict[str, Any]:
+        """Let another policy decide: a rule's name, or the folder of a trained one."""
+        return await command("policy", policy)
+
     @router.post(
         "/{name}/{model:path}",
         responses=failures(400, 401, 403, 404, 409, 500, 503),
     )
     async def model_command(name: ModelCommand, model: str) -> dict[str, Any]:
         """Pin, unpin or preload a model, or release it from quarantine."""
+        if model not in engine.models:
+            raise ApiError(404, f"There is no model '{model}'.", code="model_not_found")
         return await command(name.value, model)
 
     @router.get("/state", responses=failures(503))

@@ -130,10 +130,10 @@ class MadeUpEngine:
             self.closed.append((request.model, stage))
             raise
 
-    async def command(self, name: str, model: str | None = None) -> dict[str, Any]:
+    async def command(self, name: str, subject: str | None = None) -> dict[str, Any]:
         if name == "preload" and self.hold:
             raise InputError("no memory to preload", "put another model out first")
-        self.commands.append((name, model))
+        self.commands.append((name, subject))
         return {"done": name}
 
     async def drain(self, timeout_s: float) -> bool:

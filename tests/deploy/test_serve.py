@@ -181,6 +181,15 @@ def test_operators_revert_and_pin(served: Served) -> None:
     wait(lambda: not served.state()["reverted"])
 
 
+def test_an_operator_lets_another_policy_decide(served: Served) -> None:
+    refused = served.http.post("/admin/policy/nobody")
+    assert refused.status_code == 409 and "neither a rule nor" in refused.text
+    assert served.http.post("/admin/policy/lru").json() == {"policy": "lru"}
+    wait(lambda: served.state()["policy"] == "lru")
+    answer = served.client.completions.create(model="beta", prompt="go on", max_tokens=4)
+    assert answer.choices[0].finish_reason in ("length", "stop")
+
+
 def test_a_killed_engine_is_started_again(served: Served) -> None:
     children = subprocess.run(
         ["ps", "-o", "pid=,args=", "--ppid", str(served.process.pid)],
@@ -205,6 +214,7 @@ def test_a_killed_engine_is_started_again(served: Served) -> None:
     wait(lambda: served.http.get("/readyz").status_code == 200, 120)
     answer = served.client.completions.create(model="alpha", prompt="again", max_tokens=4)
     assert answer.choices[0].finish_reason in ("length", "stop")
+    wait(lambda: served.state()["policy"] == "lru")  # as it was changed before
 
 
 def test_sigterm_drains_and_exits_cleanly(served: Served) -> None:

@@ -572,7 +572,7 @@ def test_keys_open_what_asks_and_changes(folder: Path) -> None:
     with serving(engine, ServerSettings(api_keys=("sk-one", "sk-two"))) as server:
         asked = set()
         for path, methods in server.app.openapi()["paths"].items():
-            address = server.url + path.format(model="alpha", name="pin")
+            address = server.url + path.format(model="alpha", name="pin", policy="lru")
             for method in methods:
                 with HTTP.stream(method, address) as response:  # the events have no end
                     if response.status_code == 401:
@@ -584,6 +584,7 @@ def test_keys_open_what_asks_and_changes(folder: Path) -> None:
             ("GET", "/v1/models/{model}"),
             ("POST", "/admin/revert"),
             ("POST", "/admin/restore"),
+            ("POST", "/admin/policy/{policy}"),
             ("POST", "/admin/{name}/{model}"),
         }
         for wrong in ("Bearer sk-three", "Bearer", "sk-one", "Basic sk-one", "Bearer sk-one1"):
@@ -608,10 +609,12 @@ def test_commands_reach_the_engine(url: str, engine: MadeUpEngine) -> None:
         assert HTTP.post(f"{url}/admin/{name}/beta").json() == {"done": name}
     for name in ("revert", "restore"):
         assert HTTP.post(f"{url}/admin/{name}").json() == {"done": name}
+    assert HTTP.post(f"{url}/admin/policy/runs/mine-s0").json() == {"done": "policy"}
     assert engine.commands == [
         *((name, "beta") for name in ("pin", "unpin", "preload", "release")),
         ("revert", None),
         ("restore", None),
+        ("policy", "runs/mine-s0"),
     ]
     engine.hold = "queue"
     response = HTTP.post(f"{url}/admin/preload/beta")

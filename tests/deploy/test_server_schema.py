@@ -77,7 +77,7 @@ def test_answers_are_as_documented(
             check(operation, mode, 25 if varies else 1, session, seen)
     generation = [statuses[f"POST /v1/{kind}completions"] for kind in ("chat/", "")]
     if mode is GenerationMode.POSITIVE:
-        assert len(statuses) == 12
+        assert len(statuses) == 13
         assert all(200 in seen for seen in generation) and engine.seen
     else:
         assert all(seen and max(seen) < 500 and 200 not in seen for seen in generation)

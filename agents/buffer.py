@@ -6,7 +6,7 @@ and ``lambda = exp(-dt / trace_s)``, both 1 for decisions at the same instant. A
 truncated bootstraps with the value of its last observation, discounted the same way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,8 @@ from gymnasium import spaces
 from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 
 Floats = npt.NDArray[np.float32]
+Shape = tuple[int, ...]
+Allocate = Callable[[str, Shape, type], npt.NDArray[Any]]  # name, shape, type -> zeros
 
 LEAST_SPREAD = 0.5  # of the median: nodes on which nothing happens are not blown up
 LARGEST_ADVANTAGE = 5.0
@@ -103,6 +105,7 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         discount_s: Time constant of the discount.
         trace_s: Time constant of the trace decay (lambda).
         elapsed_time: Discount each step by its own time; else all by their mean.
+        allocate: Makes the arrays that `store` writes to; memory of its own unless given.
         **kwargs: Of `MaskableRolloutBuffer`; ``gamma`` and ``gae_lambda`` are not used.
     """
 
@@ -114,9 +117,11 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         discount_s: float,
         trace_s: float,
         elapsed_time: bool = True,
+        allocate: Allocate | None = None,
         **kwargs: Any,
     ) -> None:
         self.discount_s, self.trace_s, self.elapsed_time = discount_s, trace_s, elapsed_time
+        self._allocate = allocate or (lambda name, shape, kind: np.zeros(shape, kind))
         super().__init__(*args, **kwargs)
 
     def reset(self) -> None:
@@ -127,11 +132,13 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         shape = (self.buffer_size, self.n_envs)
         assert isinstance(self.action_space, spaces.Discrete)
         self.mask_dims = int(self.action_space.n)
-        self.observations = np.zeros((*shape, *self.obs_shape), np.float32)
-        self.action_masks = np.zeros((*shape, self.mask_dims), np.bool_)
-        self.actions = np.zeros(shape, np.int64)
-        self.ends = np.zeros(shape, np.bool_)
-        for name in ("rewards", "dt_s", "values", "log_probs", "advantages", "returns"):
+        self.observations = self._allocate("observations", (*shape, *self.obs_shape), np.float32)
+        self.action_masks = self._allocate("action_masks", (*shape, self.mask_dims), np.bool_)
+        self.actions = self._allocate("actions", shape, np.int64)
+        self.ends = self._allocate("ends", shape, np.bool_)
+        for name in ("rewards", "dt_s", "log_probs"):
+            setattr(self, name, self._allocate(name, shape, np.float32))
+        for name in ("values", "advantages", "returns"):
             setattr(self, name, np.zeros(shape, np.float32))
 
     def store(
@@ -148,7 +155,7 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
     ) -> None:
         """Write one step of some nodes: what was seen, legal, done and rewarded, arrays over N.
 
-        Threads may write other rows meanwhile.
+        Others may write other rows meanwhile.
         """
         self.observations[step, rows] = observations
         self.action_masks[step, rows] = action_masks

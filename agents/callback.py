@@ -17,7 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from mmrl.agents import runs
 from mmrl.agents.config import TrainConfig
 from mmrl.agents.export import ExportedPolicy, Floats, PolicyCard, save_policy
-from mmrl.agents.nodes import TrainingNodes
+from mmrl.agents.nodes import PlanNodes
 from mmrl.agents.ppo import EventTimePPO
 from mmrl.agents.provenance import git_commit, versions
 from mmrl.agents.runner import play
@@ -116,7 +116,7 @@ class RunCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         nodes = self.training_env
-        assert isinstance(nodes, TrainingNodes)
+        assert isinstance(nodes, PlanNodes)
         self._nodes = nodes
         self._samplers = [shared_sampler(s.model_dump_json()) for s in self._scenarios]
         if self._config.time_s is not None:
@@ -174,7 +174,7 @@ class RunCallback(BaseCallback):
         if layout.suggestion:
             buffer = self.model.rollout_buffer
             suggested = buffer.observations[..., layout.public_size : layout.actor_size]
-            followed = suggested.argmax(axis=-1) == buffer.actions
+            followed = np.take_along_axis(suggested, buffer.actions[..., None], axis=-1)
             self.logger.record("decisions/as_suggested", float(followed.mean()))
 
     def export(self) -> ExportedPolicy:

@@ -9,8 +9,6 @@ from mmrl.agents.export import PriorRule
 from mmrl.errors import InputError, nearest
 from mmrl.scenarios.schema import Scenario
 
-BETA, BETA_FULL = 3.0, 4.0  # the suggestion is followed in about 5 of 6 decisions
-
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -32,13 +30,13 @@ class TrainConfig(BaseModel):
         seed: Of the network and all episodes.
         name: Of the run's folder; made from scenario and seed unless given.
         out: Folder of the runs.
-        prior: Rule on which the policy builds, by name; ``tuned_for`` its scenario where it was
-            tuned. None: start from nothing. A policy to go on from brings its own.
+        prior: Rule on which the policy builds, by name, as tuned for its scenario, or else for
+            ``universal``. None: start from nothing. A policy to go on from brings its own.
         prior_rule: The same, found when the run starts.
         all_verbs: Whether the network has the full verbs though no scenario has them, as a policy
             to go on from may; found when the run starts.
-        beta: Logit of the rule's suggestion at the start; unless given `BETA`, or `BETA_FULL` where
-            there are more verbs to try beside it.
+        beta: Logit of the rule's suggestion at the start, under either verb set; `policy.BETA`
+            unless given.
         privileged: Whether the critic sees the arrivals to come (in training only).
         width: Of the network's hidden layers; of a policy to go on from, its own.
         envs: Nodes simulated side by side.
@@ -46,15 +44,15 @@ class TrainConfig(BaseModel):
         batch_size: Decisions of a gradient step.
         epochs: Passes over a rollout.
         learning_rate: At the start; goes to 0 linearly.
-        entropy: Weight of the entropy bonus.
+        entropy: Weight of the entropy bonus at the start; goes to 0 linearly.
         clip: PPO's clip range.
         discount_s: Time constant of the discount.
         trace_s: Time constant of the trace decay.
         elapsed_time: Discount by elapsed time; else each decision counts as their mean time.
         max_grad_norm: Of actor and critic each ...
         clip_apart: ... unless this is off: then of both together.
-        critic_first: Iterations in which only the critic learns; unless given, `CRITIC_FIRST`
-            for a policy that comes without a critic, else none.
+        critic_first: Iterations in which only the critic learns; unless given, `CRITIC_FIRST`,
+            or none for a policy that comes with its critic.
         jitter: In place of the scenarios' own, in training.
         miss_weight: Reward of a miss in place of the scenarios' own.
         latency_weight: Reward of the latency in place of the scenarios' own.
@@ -63,6 +61,7 @@ class TrainConfig(BaseModel):
         eval_every: Decisions between two evaluations on development seeds.
         eval_episodes: Episodes of each scenario that an evaluation plays.
         threads: Threads that simulate and learn; results do not depend on it.
+        processes: Processes that play the nodes; 0: threads do. Results do not depend on it.
         device: Where the network learns: ``cpu`` or ``cuda``. Nodes are simulated on the processor.
     """
 
@@ -76,7 +75,7 @@ class TrainConfig(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     name: str = ""
     out: Path = Path("runs")
-    prior: str | None = "slack"
+    prior: str | None = "partial"
     prior_rule: PriorRule | None = None
     all_verbs: bool = False
     beta: float | None = None
@@ -103,6 +102,7 @@ class TrainConfig(BaseModel):
     eval_every: Count = 200_000
     eval_episodes: Count = 200
     threads: Count = 2
+    processes: Annotated[int, Field(ge=0)] = 0
     device: Literal["cpu", "cuda"] = "cpu"
 
     def played(self, scenarios: list[Scenario]) -> list[Scenario]:

@@ -108,7 +108,7 @@ class PolicyCard(BaseModel):
             "wait.bias": (1,),
         }
         if self.prior is not None:
-            shapes |= {"encoder.extra.weight": (width, verbs), "beta": ()}
+            shapes |= {"encoder.extra.weight": (width, verbs), "beta": (2,)}
         return shapes
 
 
@@ -192,7 +192,7 @@ class ExportedPolicy:
         by_verb[:, :, self._banned[own]] = IMPOSSIBLE
         logits[:, 1:] = by_verb.reshape(len(obs), -1)
         if layout.suggestion:
-            logits += self.weights["beta"] * suggestion
+            logits += self.weights["beta"][int(full_verbs)] * suggestion
         return logits.reshape(*observations.shape[:-1], -1)
 
     def _linear(self, name: str, x: Floats) -> Floats:

@@ -10,6 +10,7 @@ it stopped.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -115,6 +116,17 @@ class Part:
             self._seen(np.asarray(observations)), np.asarray(rewards), np.asarray(dones), infos
         )
 
+    def get_state(self, k: int) -> dict[str, Any]:
+        """Return everything on which its episodes depend, named as that of part ``k``."""
+        return {f"{k}.{name}": value for name, value in self.env.get_state().items()}
+
+    def set_state(self, k: int, state: Mapping[str, Any]) -> Floats:
+        """Continue from the state of part ``k`` among others; return the observations."""
+        prefix = f"{k}."
+        mine = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        self.env.set_state(mine)
+        return self.observe()
+
     def _seen(self, own: Floats) -> Floats:
         """Spread the suggestion of the own actions over all actions."""
         if self._places is None or not self.layout.suggestion:
@@ -127,21 +139,120 @@ class Part:
         return out
 
 
-class TrainingNodes(VecEnv):
-    """N nodes, spread evenly over scenarios.
+@dataclass(frozen=True)
+class NodePlan:
+    """N nodes, spread evenly over scenarios, in a fixed number of parts.
 
-    Args:
+    Attributes:
         scenarios: What to train on.
         num_envs: How many nodes altogether.
         rule: The rule whose suggestion is observed and whose dispatch is used, or None.
         privileged: Whether the critic's block is observed.
         seed: Of all episodes.
-        threads: Threads that step.
         full_verbs: Whether the layout has the full verbs even if no scenario has them.
         without: Verbs that nobody may use.
 
     Raises:
         InputError: There are fewer nodes than scenarios, or no such verb.
+    """
+
+    scenarios: Sequence[Scenario]
+    num_envs: int
+    rule: Rule | None
+    privileged: bool
+    seed: int
+    full_verbs: bool = False
+    without: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_envs < len(self.scenarios):
+            remedy = f"give at least {len(self.scenarios)}, one each"
+            raise InputError(f"envs is {self.num_envs}", remedy)
+        for verb in self.without:
+            if verb not in VERBS:
+                raise unknown("verb", verb, VERBS)
+
+    @property
+    def layout(self) -> Layout:
+        """Of all nodes: the largest fleet, and the full verbs if any scenario has them."""
+        models = max(scenario.largest_fleet for scenario in self.scenarios)
+        full_verbs = self.full_verbs or any(s.verbs == "full" for s in self.scenarios)
+        return Layout(models, full_verbs, self.rule is not None, self.privileged)
+
+    @property
+    def rows(self) -> list[slice]:
+        """Places of the nodes of each part."""
+        # A fixed number of parts, whatever the threads: seeds belong to the parts.
+        scenarios, most = len(self.scenarios), max(4, self.num_envs // LARGEST_PART)
+        pieces = max(1, min(most, self.num_envs // SMALLEST_PART) // scenarios)
+        sizes = _even(self.num_envs, scenarios * pieces)
+        ends = np.cumsum(sizes).tolist()
+        return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+    def part(self, k: int) -> Part:
+        """Make part ``k``."""
+        layout, rows = self.layout, self.rows[k]
+        env = MultiModelServingVecEnv(
+            rows.stop - rows.start,
+            self.scenarios[k % len(self.scenarios)],
+            max_models=layout.max_models,
+            suggestion=self.rule,
+            privileged=self.privileged,
+            split="train",
+            seed=self.seed * 1000 + k,
+            stagger=True,
+        )
+        return Part(env, layout, rows, self.without)
+
+
+class PlanNodes(VecEnv):
+    """The nodes of a plan as a VecEnv, whoever plays them.
+
+    Args:
+        plan: The nodes.
+    """
+
+    render_mode = None
+
+    def __init__(self, plan: NodePlan) -> None:
+        self.layout = plan.layout
+        spaces = self.layout.observation_space, self.layout.action_space
+        super().__init__(plan.num_envs, *spaces)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return everything on which the episodes to come depend; arrays and text only."""
+        raise NotImplementedError
+
+    def set_state(self, state: Mapping[str, Any]) -> Floats:
+        """Continue from a state; return the observations float32[N, D] at that point."""
+        raise NotImplementedError
+
+    def env_method(
+        self, method_name: str, *args: Any, indices: Indices = None, **kwargs: Any
+    ) -> list[Any]:
+        """Call a method; ``action_masks`` gives a list of one array, see the parts' own."""
+        result = getattr(self, method_name)(*args, **kwargs)
+        return [result] if method_name == "action_masks" else [result] * self.num_envs
+
+    def get_attr(self, attr_name: str, indices: Indices = None) -> list[Any]:
+        """Return an attribute, once for each node."""
+        return [getattr(self, attr_name)] * self.num_envs
+
+    def set_attr(self, attr_name: str, value: Any, indices: Indices = None) -> None:
+        """Set an attribute; it is the same for all nodes."""
+        setattr(self, attr_name, value)
+
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: Indices = None) -> list[bool]:
+        """Say no: nothing is wrapped."""
+        return [False] * self.num_envs
+
+
+class TrainingNodes(PlanNodes):
+    """The nodes of a plan, in this process.
+
+    Args:
+        plan: The nodes.
+        threads: Threads that step.
 
     Attributes:
         parts: The nodes in parts that do not depend on each other.
@@ -149,52 +260,15 @@ class TrainingNodes(VecEnv):
         last_reward_terms: float64[N, 2], misses and latency.
     """
 
-    render_mode = None
-
-    def __init__(
-        self,
-        scenarios: Sequence[Scenario],
-        num_envs: int,
-        rule: Rule | None,
-        privileged: bool,
-        seed: int,
-        threads: int = 1,
-        full_verbs: bool = False,
-        without: Sequence[str] = (),
-    ) -> None:
-        if num_envs < len(scenarios):
-            raise InputError(f"envs is {num_envs}", f"give at least {len(scenarios)}, one each")
-        for verb in without:
-            if verb not in VERBS:
-                raise unknown("verb", verb, VERBS)
-        models = max(scenario.largest_fleet for scenario in scenarios)
-        full_verbs = full_verbs or any(scenario.verbs == "full" for scenario in scenarios)
-        self.layout = Layout(models, full_verbs, rule is not None, privileged)
-        # A fixed number of parts, whatever the threads: seeds belong to the parts.
-        most = max(4, num_envs // LARGEST_PART)
-        pieces = max(1, min(most, num_envs // SMALLEST_PART) // len(scenarios))
-        sizes = _even(num_envs, len(scenarios) * pieces)
-        ends = np.cumsum(sizes).tolist()
-        self.parts: list[Part] = []
-        for k, (size, end) in enumerate(zip(sizes, ends, strict=True)):
-            env = MultiModelServingVecEnv(
-                size,
-                scenarios[k % len(scenarios)],
-                max_models=models,
-                suggestion=rule,
-                privileged=privileged,
-                split="train",
-                seed=seed * 1000 + k,
-                stagger=True,
-            )
-            self.parts.append(Part(env, self.layout, slice(end - size, end), without))
-        self.last_dt_s = np.zeros(num_envs)
-        self.last_reward_terms = np.zeros((num_envs, 2))
+    def __init__(self, plan: NodePlan, threads: int = 1) -> None:
+        self.parts = [plan.part(k) for k in range(len(plan.rows))]
+        self.last_dt_s = np.zeros(plan.num_envs)
+        self.last_reward_terms = np.zeros((plan.num_envs, 2))
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
-        self._actions = np.zeros(num_envs, np.int64)
+        self._actions = np.zeros(plan.num_envs, np.int64)
         self._masks: Masks | None = None  # of now, where they are known
-        super().__init__(num_envs, self.layout.observation_space, self.layout.action_space)
+        super().__init__(plan)
 
     def action_masks(self) -> Masks:
         """Return which actions are legal now, bool[N, A]."""
@@ -241,25 +315,6 @@ class TrainingNodes(VecEnv):
         results = {0: share(0)} | {k: other.result() for k, other in enumerate(others, 1)}
         return [results[k % self._threads][k // self._threads] for k in range(len(self.parts))]
 
-    def env_method(
-        self, method_name: str, *args: Any, indices: Indices = None, **kwargs: Any
-    ) -> list[Any]:
-        """Call a method; ``action_masks`` gives a list of one array, see the parts' own."""
-        result = getattr(self, method_name)(*args, **kwargs)
-        return [result] if method_name == "action_masks" else [result] * self.num_envs
-
-    def get_attr(self, attr_name: str, indices: Indices = None) -> list[Any]:
-        """Return an attribute, once for each node."""
-        return [getattr(self, attr_name)] * self.num_envs
-
-    def set_attr(self, attr_name: str, value: Any, indices: Indices = None) -> None:
-        """Set an attribute; it is the same for all nodes."""
-        setattr(self, attr_name, value)
-
-    def env_is_wrapped(self, wrapper_class: type[Any], indices: Indices = None) -> list[bool]:
-        """Say no: nothing is wrapped."""
-        return [False] * self.num_envs
-
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
@@ -268,20 +323,12 @@ class TrainingNodes(VecEnv):
 
     def get_state(self) -> dict[str, Any]:
         """Return everything on which the episodes to come depend; arrays and text only."""
-        return {
-            f"{k}.{name}": value
-            for k, part in enumerate(self.parts)
-            for name, value in part.env.get_state().items()
-        }
+        return {k: v for i, part in enumerate(self.parts) for k, v in part.get_state(i).items()}
 
     def set_state(self, state: Mapping[str, Any]) -> Floats:
         """Continue from a state; return the observations float32[N, D] at that point."""
-        for k, part in enumerate(self.parts):
-            prefix = f"{k}."
-            mine = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-            part.env.set_state(mine)
         self._masks = None
-        return np.concatenate([part.observe() for part in self.parts])
+        return np.concatenate([part.set_state(k, state) for k, part in enumerate(self.parts)])
 
 
 def _even(total: int, parts: int) -> list[int]:

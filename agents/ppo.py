@@ -10,17 +10,17 @@ several, or as a whole on a GPU.
 """
 
 import copy
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch as th
 from sb3_contrib import MaskablePPO
-from sb3_contrib.common.maskable.utils import get_action_masks
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import explained_variance
@@ -28,77 +28,13 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
 from mmrl.agents.buffer import EventTimeRolloutBuffer, Floats, Samples
-from mmrl.agents.nodes import Played
+from mmrl.agents.playing import Players, Rolled, Whole, play_part
 from mmrl.agents.policy import EquivariantPolicy
+from mmrl.agents.processes import NodeProcesses
 
 CHUNK = 1024  # decisions whose activations fit the cache
 GPU_CHUNK = 2**16  # observations that are valued at once on a GPU
 STATISTICS = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction")
-
-
-class Players(Protocol):
-    """Nodes that can be played apart from the others: a `Part` of `TrainingNodes`."""
-
-    rows: slice
-
-    @property
-    def last_dt_s(self) -> npt.NDArray[np.float64]:
-        """Simulated seconds of the last step, float64[N]."""
-
-    @property
-    def last_reward_terms(self) -> npt.NDArray[np.float64]:
-        """The parts of its rewards, float64[N, 2]."""
-
-    def action_masks(self) -> npt.NDArray[np.bool_]:
-        """Return which actions are legal now, bool[N, A]."""
-
-    def step(self, actions: npt.NDArray[np.int64]) -> Played:
-        """Do an action on each node."""
-
-
-class Whole:
-    """Any VecEnv that tells ``last_dt_s``, as its one part."""
-
-    rows = slice(None)
-
-    def __init__(self, env: VecEnv) -> None:
-        self._env = env
-        self.last_reward_terms = np.zeros((env.num_envs, 2))
-
-    @property
-    def last_dt_s(self) -> npt.NDArray[np.float64]:
-        """Simulated seconds of the last step, float64[N]."""
-        found: npt.NDArray[np.float64] = self._env.get_attr("last_dt_s")[0]
-        return found
-
-    def action_masks(self) -> npt.NDArray[np.bool_]:
-        """Return which actions are legal now, bool[N, A]."""
-        return np.asarray(get_action_masks(self._env)).reshape(self._env.num_envs, -1)
-
-    def step(self, actions: npt.NDArray[np.int64]) -> Played:
-        """Do an action on each node."""
-        observations, rewards, dones, infos = self._env.step(actions)
-        return Played(np.asarray(observations), np.asarray(rewards), np.asarray(dones), infos)
-
-
-class Rolled(NamedTuple):
-    """What is left of a part's rollout beside the rows of the buffer.
-
-    Attributes:
-        last: Observations after it.
-        infos: Of each step, those of the episodes that ended.
-        ended: Step and node of the truncated episodes ...
-        last_seen: ... and their last observations.
-        reward_terms: Sums of the parts of the rewards, float64[2].
-        seconds: Time with the environment, and with the policy.
-    """
-
-    last: Floats
-    infos: list[list[dict[str, Any]]]
-    ended: list[tuple[int, int]]
-    last_seen: list[Floats]
-    reward_terms: npt.NDArray[np.float64]
-    seconds: tuple[float, float]
 
 
 class EventTimePPO(MaskablePPO):
@@ -154,7 +90,13 @@ class EventTimePPO(MaskablePPO):
         self.stopped = False
         self.seconds = dict.fromkeys(("env", "policy", "learn"), 0.0)
         self.reward_terms = np.zeros(2)
-        constants = {"discount_s": discount_s, "trace_s": trace_s, "elapsed_time": elapsed_time}
+        constants: dict[str, Any] = {
+            "discount_s": discount_s,
+            "trace_s": trace_s,
+            "elapsed_time": elapsed_time,
+        }
+        if isinstance(env, NodeProcesses):
+            constants["allocate"] = env.allocate
         super().__init__(
             policy,
             env,
@@ -163,17 +105,19 @@ class EventTimePPO(MaskablePPO):
             device=device,
             **kwargs,
         )
-        parts: list[Players] = getattr(self.env, "parts", None) or [Whole(env)]
-        self._parts = parts
+        self._parts: list[Players] = getattr(self.env, "parts", None) or [Whole(env)]
+        count = self.env.count if isinstance(self.env, NodeProcesses) else len(self._parts)
         self.generators = [
-            th.Generator().manual_seed((self.seed or 0) * 1000 + k) for k in range(len(parts))
+            th.Generator().manual_seed((self.seed or 0) * 1000 + k) for k in range(count)
         ]
         self._on_gpu = self.device.type != "cpu"
+        self._observations = th.empty(0)  # of the last rollout, where the network learns
         # Nodes are played on the processor, with a copy of the actor where that learns elsewhere.
-        self._player = copy.deepcopy(self.policy).to("cpu") if self._on_gpu else self.policy
+        actor = self.policy.actor
+        self._player = copy.deepcopy(actor).to("cpu") if self._on_gpu else actor
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["seconds", "time_left", "generators", "_parts", "_player"]
+        own = ["seconds", "time_left", "generators", "_parts", "_player", "_observations"]
         return [*super()._excluded_save_params(), *own]
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
@@ -215,7 +159,7 @@ class EventTimePPO(MaskablePPO):
         if self.stopped:
             return False
         if self._on_gpu:
-            self._player.actor.load_state_dict(self.policy.actor.state_dict())
+            self._player.load_state_dict(self.policy.actor.state_dict())
         rolled = self._play(rollout_buffer, n_rollout_steps)
         for step in range(n_rollout_steps):
             self.num_timesteps += env.num_envs
@@ -224,22 +168,28 @@ class EventTimePPO(MaskablePPO):
             if not callback.on_step():
                 return False
         with self._clock("policy"):
+            self._observations = rollout_buffer.flat("observations").to(self.device)
             self._finish_rollout(rollout_buffer, rolled)
         callback.on_rollout_end()
         return True
 
     def _play(self, buffer: EventTimeRolloutBuffer, steps: int) -> list[Rolled]:
-        """Have each part play its rollout; threads take the parts in turn."""
+        """Have each part play its rollout; threads take the parts in turn, or processes do."""
         observations = self._last_obs
         assert isinstance(observations, np.ndarray)
 
         def play(k: int) -> Rolled:
             part = self._parts[k]
-            return self._play_part(part, self.generators[k], observations[part.rows], buffer, steps)
+            first = observations[part.rows]
+            settings = buffer, steps, self.reward_scale
+            return play_part(part, self._player, self.generators[k], first, *settings)
 
         began_s = time.perf_counter()
-        with ThreadPoolExecutor(self.threads) as pool:
-            rolled = list(pool.map(play, range(len(self._parts))))
+        if isinstance(self.env, NodeProcesses):
+            rolled = self.env.play(pickle.dumps(self._player), self.generators, self.reward_scale)
+        else:
+            with ThreadPoolExecutor(self.threads) as pool:
+                rolled = list(pool.map(play, range(len(self._parts))))
         spent_s = time.perf_counter() - began_s
         env_s, policy_s = (sum(part.seconds[k] for part in rolled) for k in range(2))
         self.seconds["env"] += spent_s * env_s / (env_s + policy_s)
@@ -248,56 +198,6 @@ class EventTimePPO(MaskablePPO):
         self.reward_terms = sum((part.reward_terms for part in rolled), np.zeros(2))
         return rolled
 
-    def _play_part(
-        self,
-        part: Players,
-        generator: th.Generator,
-        observations: Floats,
-        buffer: EventTimeRolloutBuffer,
-        steps: int,
-    ) -> Rolled:
-        """Play the rollout of a part into its rows of the buffer."""
-        first = part.rows.start or 0
-        infos: list[list[dict[str, Any]]] = []
-        ended: list[tuple[int, int]] = []
-        last_seen: list[Floats] = []
-        terms = np.zeros(2)
-        env_s = policy_s = 0.0
-        clock = time.perf_counter
-        for step in range(steps):
-            begun = clock()
-            masks = part.action_masks()
-            seen = clock()
-            with th.no_grad():
-                drawn, log_probs = self._player.sample(
-                    th.from_numpy(observations), masks, generator
-                )
-            actions = drawn.numpy()
-            decided = clock()
-            following, rewards, dones, told = part.step(actions)
-            finished = np.flatnonzero(dones).tolist()
-            infos.append([told[i] for i in finished])
-            for i in finished:
-                if told[i].get("TimeLimit.truncated", False):
-                    ended.append((step, first + i))
-                    last_seen.append(told[i]["terminal_observation"])
-            terms += part.last_reward_terms.sum(axis=0)
-            buffer.store(
-                step,
-                part.rows,
-                observations,
-                masks,
-                actions,
-                log_probs.numpy(),
-                rewards * self.reward_scale,
-                part.last_dt_s,
-                dones,
-            )
-            observations = following
-            policy_s += decided - seen
-            env_s += clock() - decided + seen - begun
-        return Rolled(observations, infos, ended, last_seen, terms, (env_s, policy_s))
-
     def _finish_rollout(self, buffer: EventTimeRolloutBuffer, rolled: list[Rolled]) -> None:
         """Value all observations of a rollout in one go, and have the advantages computed."""
         bootstrap = np.zeros((buffer.buffer_size, buffer.n_envs), np.float32)
@@ -305,14 +205,13 @@ class EventTimePPO(MaskablePPO):
         if ended:
             steps, nodes = zip(*ended, strict=True)
             last_seen = np.stack([seen for part in rolled for seen in part.last_seen])
-            bootstrap[list(steps), list(nodes)] = self._values(last_seen)
+            bootstrap[list(steps), list(nodes)] = self._values(th.from_numpy(last_seen))
         assert isinstance(self._last_obs, np.ndarray)
-        values = self._values(buffer.observations.reshape(-1, buffer.observations.shape[-1]))
-        buffer.finish(values.reshape(bootstrap.shape), self._values(self._last_obs), bootstrap)
+        values = self._values(self._observations).reshape(bootstrap.shape)
+        buffer.finish(values, self._values(th.from_numpy(self._last_obs)), bootstrap)
 
-    def _values(self, observations: Floats) -> Floats:
-        size = GPU_CHUNK if self._on_gpu else CHUNK
-        chunks = th.split(th.from_numpy(observations), size)
+    def _values(self, observations: th.Tensor) -> Floats:
+        chunks = th.split(observations, GPU_CHUNK if self._on_gpu else CHUNK)
         with ThreadPoolExecutor(1 if self._on_gpu else self.threads) as pool:
             values: Floats = th.cat(list(pool.map(self._chunk_values, chunks))).numpy()
         return values.reshape(-1)
@@ -334,7 +233,8 @@ class EventTimePPO(MaskablePPO):
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
         parameters = list(policy.parameters())
-        samples = self.rollout_buffer.samples().to(self.device)
+        samples = self.rollout_buffer.samples()._replace(observations=self._observations)
+        samples = samples.to(self.device)
         statistics: list[th.Tensor] = []
 
         def gradients_of(rows: th.Tensor) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
@@ -376,7 +276,8 @@ class EventTimePPO(MaskablePPO):
         value_loss = F.mse_loss(values.flatten(), chunk.returns, reduction="sum")
         entropy_loss = -entropy.sum()
         acting = float(self._n_updates >= self.critic_first * self.n_epochs)
-        loss = acting * (policy_loss + self.ent_coef * entropy_loss) + self.vf_coef * value_loss
+        bonus = self.ent_coef * self._current_progress_remaining * entropy_loss
+        loss = acting * (policy_loss + bonus) + self.vf_coef * value_loss
         gradients = th.autograd.grad(loss, parameters)
         with th.no_grad():
             kl = (ratio - 1 - log_ratio).sum()  # Schulman's estimate of the KL divergence
@@ -396,7 +297,8 @@ class EventTimePPO(MaskablePPO):
         self.logger.record("train/explained_variance", float(explained))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self.policy.actor.beta is not None:
-            self.logger.record("train/beta", self.policy.actor.beta.item())
+            for verbs, beta in zip(("core", "full"), self.policy.actor.beta.tolist(), strict=True):
+                self.logger.record(f"train/beta_{verbs}", beta)
 
     def action_counts(self) -> npt.NDArray[np.int64]:
         """Return how often each action was taken in the last rollout, int64[A]."""

@@ -7,13 +7,13 @@ import torch as th
 
 from mmrl.agents import runs
 from mmrl.agents.export import ExportedPolicy
-from mmrl.agents.nodes import TrainingNodes
+from mmrl.agents.nodes import PlanNodes
 from mmrl.agents.ppo import EventTimePPO
 from mmrl.errors import InputError
 from mmrl.files import atomic_write
 
 
-def snapshot(model: EventTimePPO, nodes: TrainingNodes) -> dict[str, Any]:
+def snapshot(model: EventTimePPO, nodes: PlanNodes) -> dict[str, Any]:
     """Return everything on which the rest of a training depends, between two iterations."""
     arrays = nodes.get_state()
     return {
@@ -30,7 +30,7 @@ def snapshot(model: EventTimePPO, nodes: TrainingNodes) -> dict[str, Any]:
     }
 
 
-def restore(model: EventTimePPO, nodes: TrainingNodes, state: dict[str, Any]) -> None:
+def restore(model: EventTimePPO, nodes: PlanNodes, state: dict[str, Any]) -> None:
     """Bring model and nodes into a state that `snapshot` returned."""
     model.num_timesteps = int(state["steps"])
     model._n_updates = int(state["updates"])

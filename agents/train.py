@@ -17,11 +17,12 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 
 from mmrl.agents import runs
 from mmrl.agents.callback import Progress, RunCallback
-from mmrl.agents.config import BETA, BETA_FULL, TrainConfig
+from mmrl.agents.config import TrainConfig
 from mmrl.agents.export import ExportedPolicy, PriorRule, load_policy
-from mmrl.agents.nodes import TrainingNodes
-from mmrl.agents.policy import EquivariantPolicy
+from mmrl.agents.nodes import NodePlan, PlanNodes, TrainingNodes
+from mmrl.agents.policy import BETA, EquivariantPolicy
 from mmrl.agents.ppo import EventTimePPO
+from mmrl.agents.processes import NodeProcesses
 from mmrl.agents.state import critic_of, go_on_from, read_state, restore
 from mmrl.errors import InputError
 from mmrl.files import write_json
@@ -30,7 +31,8 @@ from mmrl.rules.registry import tuned_params
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.schema import Scenario
 
-CRITIC_FIRST = 8  # iterations until a fresh critic knows what a trained policy is worth
+ANY_FLEET = "universal"  # scenario whose tuned rules suit others too
+CRITIC_FIRST = 8  # iterations until a fresh critic knows what the policy is worth
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Path:
@@ -56,14 +58,11 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             "all_verbs": start.card.verb_set == "both",
             "without": tuple(dict.fromkeys((*start.card.without, *config.without))),
         }
-        if config.critic_first is None and critic_of(config.start or "") is None:
-            update["critic_first"] = CRITIC_FIRST
     else:
         rule = _prior_rule(config, scenarios)
         update = {"prior_rule": PriorRule.of(rule) if rule else None}
-    if config.beta is None:
-        full = any(scenario.verbs == "full" for scenario in config.played(scenarios))
-        update["beta"] = BETA_FULL if full else BETA
+    if config.critic_first is None and critic_of(config.start or "") is None:
+        update["critic_first"] = CRITIC_FIRST
     if not config.name:
         update["name"] = "-".join([*(s.name for s in scenarios), f"s{config.seed}"])
     config = config.model_copy(update=update)
@@ -112,11 +111,12 @@ def resume(
 
 
 def _prior_rule(config: TrainConfig, scenarios: list[Scenario]) -> Rule | None:
-    """Return the rule to build on, as tuned for the scenario where there is one and it was."""
+    """Return the rule to build on, as tuned for the one scenario or else for any fleet."""
     if config.prior is None:
         return None
-    tuned = tuned_params().get(scenarios[0].name, {}) if len(scenarios) == 1 else {}
-    return get_rule(config.prior, scenarios[0].name if config.prior in tuned else None)
+    own = [scenarios[0].name] if len(scenarios) == 1 else []
+    tuned = (name for name in (*own, ANY_FLEET) if config.prior in tuned_params().get(name, {}))
+    return get_rule(config.prior, next(tuned, None))
 
 
 def _check_start(config: TrainConfig, start: ExportedPolicy, scenarios: list[Scenario]) -> None:
@@ -146,17 +146,22 @@ def _run(
         raise InputError("device is cuda, and torch finds no GPU", "leave the device out")
     th.set_num_threads(1)  # threads of its own would wait for each other in spin locks
     rule = config.prior_rule.rule() if config.prior_rule else None
-    nodes = TrainingNodes(
+    plan = NodePlan(
         config.trained(scenarios),
         config.envs,
         rule,
         config.privileged,
         config.seed,
-        config.threads,
-        full_verbs=config.all_verbs,
-        without=config.without,
+        config.all_verbs,
+        config.without,
+    )
+    nodes: PlanNodes = (
+        NodeProcesses(plan, config.processes)
+        if config.processes
+        else TrainingNodes(plan, config.threads)
     )
     try:
+        beta = BETA if config.beta is None else (config.beta, config.beta)
         model = EventTimePPO(
             EquivariantPolicy,
             nodes,
@@ -176,7 +181,7 @@ def _run(
             max_grad_norm=config.max_grad_norm,
             stats_window_size=config.envs,
             seed=config.seed,
-            policy_kwargs={"layout": nodes.layout, "width": config.width, "beta": config.beta},
+            policy_kwargs={"layout": nodes.layout, "width": config.width, "beta": beta},
         )
         step = int(state["steps"]) if state else 0
         outputs: list[KVWriter] = [

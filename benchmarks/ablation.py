@@ -37,8 +37,8 @@ from mmrl.stats import bootstrap
 ALL = "all"
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     ALL: ("everything", {}),
-    "no-prior": ("no residual on the champion", {"prior": None}),
-    "partial-prior": ("residual on the rule with levels", {"prior": "partial"}),
+    "no-prior": ("no residual on a rule", {"prior": None}),
+    "slack-prior": ("residual on the rule without levels", {"prior": "slack"}),
     "no-future": ("critic without the future", {"privileged": False}),
     "joint-clip": ("gradients of actor and critic clipped together", {"clip_apart": False}),
     "even-discount": ("discount by decision, not by time", {"elapsed_time": False}),

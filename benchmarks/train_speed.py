@@ -1,9 +1,10 @@
 """Decisions per second of end-to-end training, beside stock MaskablePPO on the same environment.
 
     python benchmarks/train_speed.py [--scenario h200-24] [--seconds 30] [--threads 2]
-        [--envs 256] [--batch-size 2048] [--device cpu] [--alone]
+        [--processes 0] [--envs 256] [--rollout-steps 64] [--batch-size 2048] [--device cpu]
+        [--alone]
 
-Both learn the same lean policy with the same batch sizes: 64 decisions of each node, two passes.
+Both learn the same lean policy with the same batch sizes, in two passes.
 Time spent compiling is not counted. ``--alone`` leaves stock MaskablePPO out, for trying threads,
 nodes and devices on a larger host: nodes are played in parts of 64, so that the threads want 64
 nodes each, and a minibatch 1,024 decisions for each.
@@ -20,9 +21,10 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from mmrl.agents.config import TrainConfig
-from mmrl.agents.nodes import TrainingNodes
+from mmrl.agents.nodes import NodePlan, PlanNodes, TrainingNodes
 from mmrl.agents.policy import EquivariantPolicy
 from mmrl.agents.ppo import EventTimePPO
+from mmrl.agents.processes import NodeProcesses
 from mmrl.rules import get_rule
 from mmrl.scenarios.registry import get_scenario
 
@@ -55,6 +57,8 @@ def main() -> None:
     parser.add_argument("--scenario", default="h200-24")
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--rollout-steps", type=int, default=64)
     parser.add_argument("--envs", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--device", default="cpu")
@@ -64,11 +68,14 @@ def main() -> None:
     config = TrainConfig(scenarios=(given.scenario,))
     rates = {}
     for name in ("EventTimePPO", "stock MaskablePPO")[: 1 if given.alone else 2]:
-        nodes = TrainingNodes(
-            [get_scenario(given.scenario)], given.envs, get_rule("slack"), True, 0, given.threads
+        plan = NodePlan([get_scenario(given.scenario)], given.envs, get_rule("slack"), True, 0)
+        nodes: PlanNodes = (
+            NodeProcesses(plan, given.processes)
+            if given.processes
+            else TrainingNodes(plan, given.threads)
         )
         shared = {
-            "n_steps": config.rollout_steps,
+            "n_steps": given.rollout_steps,
             "batch_size": given.batch_size,
             "n_epochs": config.epochs,
             "policy_kwargs": {"layout": nodes.layout},

@@ -43,7 +43,7 @@ def command(
         ),
     ] = None,
     prior: Annotated[
-        bool, typer.Option(help="Start from the slack rule and learn where to deviate from it.")
+        bool, typer.Option(help="Start from a rule (partial) and learn where to deviate from it.")
     ] = True,
     privileged: Annotated[
         bool, typer.Option(help="Let the critic see the future; the policy never does.")
@@ -72,7 +72,8 @@ def command(
 
     Settings for --set: prior (the name of a rule), beta, width, rollout_steps,
     batch_size, epochs, learning_rate, entropy, clip, discount_s, trace_s,
-    max_grad_norm, critic_first, eval_every, eval_episodes, device; and to switch
+    max_grad_norm, critic_first, eval_every, eval_episodes, processes (that play
+    nodes in place of the threads), device; and to switch
     parts off: elapsed_time, clip_apart, randomise, jitter, miss_weight,
     latency_weight, without (verbs, by commas).
     """
@@ -92,11 +93,11 @@ def command(
             "name": name,
             "verbs": verbs,
             "start": start,
-            "prior": "slack" if prior else None,
             "privileged": privileged,
             "envs": envs,
             "threads": threads,
             "out": out,
+            **({} if prior else {"prior": None}),
             **_settings(set_ or []),
         }
         if total is not None:

@@ -6,7 +6,7 @@ import numpy.typing as npt
 import pytest
 import torch as th
 
-from mmrl.agents.nodes import TrainingNodes
+from mmrl.agents.nodes import NodePlan, TrainingNodes
 from mmrl.agents.policy import EquivariantPolicy
 from mmrl.envs.layout import Layout
 from mmrl.rules import get_rule
@@ -31,7 +31,7 @@ def busy() -> Scenario:
 
 @pytest.fixture(scope="session")
 def recorded(busy: Scenario) -> Recorded:
-    nodes = TrainingNodes([busy], 16, get_rule("slack"), privileged=True, seed=0)
+    nodes = TrainingNodes(NodePlan([busy], 16, get_rule("slack"), privileged=True, seed=0))
     rng = np.random.default_rng(0)
     seen = [nodes.reset()]
     masks = [nodes.action_masks()]

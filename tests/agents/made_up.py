@@ -53,7 +53,7 @@ def make_policy(folder: Path, spread: float) -> Path:
         name: np.asarray(rng.normal(0, spread, shape), np.float32)
         for name, shape in CARD.shapes().items()
     }
-    weights["beta"] = np.array(3.0, np.float32)
+    weights["beta"] = np.full(2, 3.0, np.float32)
     save_policy(folder, CARD, weights)
     return folder
 

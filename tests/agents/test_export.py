@@ -20,7 +20,7 @@ from mmrl.agents.export import (
     load_policy,
     save_policy,
 )
-from mmrl.agents.nodes import TrainingNodes
+from mmrl.agents.nodes import NodePlan, TrainingNodes
 from mmrl.errors import InputError
 from mmrl.node.actions import VERBS
 from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES
@@ -151,7 +151,7 @@ def test_a_policy_without_prior_needs_no_suggestion(recorded: Any, tmp_path: Pat
 
 def test_one_policy_under_both_verb_sets(busy: Any, make_policy: Any) -> None:
     rule = get_rule("slack")
-    nodes = TrainingNodes([busy], 16, rule, privileged=False, seed=0, full_verbs=True)
+    nodes = TrainingNodes(NodePlan([busy], 16, rule, privileged=False, seed=0, full_verbs=True))
     network = make_policy(nodes.layout)
     card = PolicyCard(
         global_features=GLOBAL_FEATURES,

@@ -103,7 +103,7 @@ def test_draws_are_legal_and_follow_the_probabilities(recorded: Any, make_policy
     row = int(recorded.masks.sum(axis=1).argmax())
     obs = th.from_numpy(recorded.observations[row]).expand(20_000, -1)
     mask = th.from_numpy(recorded.masks[row]).expand(20_000, -1)
-    actions, log_prob = policy.sample(obs, mask)
+    actions, log_prob = policy.actor.sample(obs, mask)
     expected = policy.log_probs(obs[:1], mask[:1])[0].exp()
     found = th.bincount(actions, minlength=len(expected)) / 20_000
     assert (found[~mask[0]] == 0).all()

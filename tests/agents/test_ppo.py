@@ -1,3 +1,4 @@
+import multiprocessing
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,16 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from mmrl.agents.nodes import TrainingNodes
+from mmrl.agents.nodes import NodePlan, TrainingNodes
 from mmrl.agents.policy import EquivariantPolicy
 from mmrl.agents.ppo import EventTimePPO
+from mmrl.agents.processes import NodeProcesses
 from mmrl.envs.layout import Layout
 from mmrl.envs.sb3 import MultiModelServingVecEnv
+from mmrl.errors import MmrlError
 from mmrl.node.observe import MODEL_FEATURES, N_GLOBAL, N_MODEL
 from mmrl.rules import get_rule
+from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.schema import Scenario
 
 LAYOUT = Layout(4, full_verbs=False)
@@ -86,8 +90,9 @@ def test_it_finds_a_known_optimum_and_never_does_what_is_illegal() -> None:
     assert (actions == env.right).mean() > 0.9
 
 
-def trained(busy: Scenario, **settings: Any) -> dict[str, th.Tensor]:
-    nodes = TrainingNodes([busy], 32, get_rule("slack"), privileged=True, seed=0)
+def trained(busy: Scenario, processes: int = 0, **settings: Any) -> dict[str, th.Tensor]:
+    plan = NodePlan([busy], 32, get_rule("slack"), privileged=True, seed=0)
+    nodes = NodeProcesses(plan, processes) if processes else TrainingNodes(plan)
     model = learner(nodes, nodes.layout, **settings)
     model.learn(2 * 32 * 32)
     nodes.close()
@@ -100,6 +105,23 @@ def test_the_number_of_threads_changes_nothing(
     monkeypatch.setattr("mmrl.agents.ppo.CHUNK", 64)
     one, three = trained(busy, threads=1), trained(busy, threads=3)
     assert all(th.equal(one[name], three[name]) for name in one)
+
+
+def test_nor_does_it_matter_whether_processes_play(busy: Scenario) -> None:
+    here, apart = trained(busy), trained(busy, processes=1)
+    assert all(th.equal(here[name], apart[name]) for name in here)
+
+
+def test_a_process_that_fails_or_dies_is_told() -> None:
+    connection, theirs = multiprocessing.Pipe()
+    nodes = NodeProcesses(NodePlan([get_scenario("demo")], 16, None, False, 0), processes=1)
+    nodes._started = [(None, connection)]
+    theirs.send((False, "Traceback: no room"))
+    with pytest.raises(MmrlError, match="failed: Traceback: no room"):
+        nodes.reset()
+    theirs.close()
+    with pytest.raises(MmrlError, match="died"):
+        nodes.reset()
 
 
 def test_a_large_value_loss_does_not_freeze_the_policy() -> None:
@@ -125,7 +147,7 @@ def test_callbacks_see_every_step_and_can_stop(busy: Scenario) -> None:
         def _on_rollout_end(self) -> None:
             self.rollouts += 1
 
-    nodes = TrainingNodes([busy], 16, None, privileged=False, seed=0)
+    nodes = TrainingNodes(NodePlan([busy], 16, None, privileged=False, seed=0))
     model, count = learner(nodes, nodes.layout), Count()
     model.learn(10_000, count)
     nodes.close()

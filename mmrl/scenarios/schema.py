@@ -108,7 +108,7 @@ class RewardSpec(_Strict):
     """Weights of the reward: each miss, and each second of waiting over isolated latency.
 
     A request's waits over its isolated latency add up to its normalised latency, so that the
-    weights are those of the tuner's objective. Ten times the latency weight, and two thirds of the
+    weights are those of the tuner's objective. With ten times the latency weight, two thirds of the
     reward are latency, most of it of overloaded nodes: nothing is learned about goodput.
     """
 

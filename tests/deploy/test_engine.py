@@ -727,7 +727,7 @@ def test_a_trained_policy_serves(closing: list[Fleet]) -> None:
     card = Policy(lambda count: None, full_verbs=True, prior=True).card
     rng = np.random.default_rng(0)
     weights = {name: rng.normal(0, 0.1, shape) for name, shape in card.shapes().items()}
-    weights["beta"] = np.array(3.0)
+    weights["beta"] = np.full(card.shapes()["beta"], 3.0)
     floats = {name: np.asarray(value, np.float32) for name, value in weights.items()}
     engine.adapter.policy = ExportedPolicy(card, floats)
     for number in range(4):

@@ -29,7 +29,7 @@ OUTPUT = 4000
 KV_CONTEXTS = (1024, 4096, 16384)
 SCATTERED = 8  # sequences that grew side by side, block by block
 BESIDE_BATCH, BESIDE_PROMPT = 8, 256
-BESIDE_STEPS, LEAST_STEPS = 60, 8
+BESIDE_STEPS, LEAST_STEPS, MOST_LOADS = 60, 8, 100
 SAVED_TOKENS = 4096
 LOOP_SEGMENTS, LOOP_PROMPTS, LOOP_PROMPT = 8, 12, 112
 
@@ -185,9 +185,9 @@ def slowdown(subject: Subject, section: Section) -> None:
 
 
 def _beside_load(subject: Subject, section: Section, other: str, level: int) -> None:
-    """Let another model load again and again, at most ten times."""
+    """Let another model load again and again; a small one is there before a step has ended."""
     rig, found = subject.rig, list[float]()
-    for _ in range(10):
+    for _ in range(MOST_LOADS):
         rig.steps.clear()
         rig.level(other, level)
         found += _decode_times(subject)

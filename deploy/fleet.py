@@ -397,8 +397,12 @@ def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> No
     adapter.close()
 
 
-def find_policy(name: str) -> ExportedPolicy | Rule:
+def find_policy(name: str, field: str = "node.policy") -> ExportedPolicy | Rule:
     """Return the policy of a name: a rule's, or the folder of a trained one.
+
+    Args:
+        name: What was asked for.
+        field: Where it was, for the error.
 
     Raises:
         InputError: There is none.
@@ -407,7 +411,7 @@ def find_policy(name: str) -> ExportedPolicy | Rule:
         return get_rule(name)
     if name != DEFAULT and not Path(name).exists():
         raise InputError(
-            f"node.policy: '{name}' is neither a rule nor the folder of a trained policy",
+            f"{field}: '{name}' is neither a rule nor the folder of a trained policy",
             f"rules: {', '.join(rule_names())}",
         )
     return load_policy(name)

@@ -131,7 +131,7 @@ def _command(engine: Any, name: str, subject: str | None) -> dict[str, Any]:
     if name == "policy":
         from mmrl.deploy.fleet import find_policy
 
-        engine.change_policy(find_policy(str(subject)))
+        engine.change_policy(find_policy(str(subject), "policy"))
         return {"policy": engine.adapter.name}
     m = engine.names.index(subject)
     if name in ("pin", "unpin"):

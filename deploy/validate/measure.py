@@ -25,14 +25,13 @@ from mmrl.agents.export import (
     DESCRIPTION,
     WEIGHTS,
     ExportedPolicy,
-    load_policy,
 )
 from mmrl.agents.provenance import provenance
 from mmrl.deploy.adapter import DeployAdapter
 from mmrl.deploy.clock import RealTime, SimulatedTime
 from mmrl.deploy.config import ServeConfig, build_config, read_config
 from mmrl.deploy.engine import Engine
-from mmrl.deploy.fleet import Fleet, Progress, open_fleet
+from mmrl.deploy.fleet import Fleet, Progress, find_policy, open_fleet
 from mmrl.deploy.hardware import device_name
 from mmrl.deploy.node import CAPACITY, LiveNode, NodeNumbers
 from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
@@ -48,7 +47,7 @@ from mmrl.deploy.validate.record import (
 from mmrl.errors import InputError, MmrlError
 from mmrl.files import write_json
 from mmrl.node.state import IDLE, LINK_IDLE, MISS_REFUSED, REFUSED
-from mmrl.rules import Rule, get_rule, rule_names
+from mmrl.rules import Rule, get_rule
 from mmrl.workloads.generators import ArrivalSpec, LengthSpec, WorkloadSpec, sample_trace
 from mmrl.workloads.trace import Trace
 
@@ -133,7 +132,7 @@ def measure(
         InputError: The plan cannot be carried out, or the folder holds runs of another one.
         MmrlError: An iteration failed on the device.
     """
-    policies = {Path(name).name: open_policy(name) for name in plan.policies}
+    policies = {Path(name).name: find_policy(name, "--policies") for name in plan.policies}
     if len(policies) < len(plan.policies):
         raise InputError("two policies have the same name", "rename the folder of one of them")
     config = _config(plan, list(policies.values()))
@@ -176,22 +175,6 @@ def measure(
         fleet.engine.close()
         fleet.close()
     return files
-
-
-def open_policy(name: str) -> Rule | ExportedPolicy:
-    """Return a rule by its name, or the trained policy in a folder.
-
-    Raises:
-        InputError: It is neither.
-    """
-    if name in rule_names():
-        return get_rule(name)
-    if name != DEFAULT and not Path(name).exists():
-        raise InputError(
-            f"policy '{name}' is neither a rule nor the folder of a trained policy",
-            f"rules: {', '.join(rule_names())}",
-        )
-    return load_policy(name)
 
 
 def trace_of(

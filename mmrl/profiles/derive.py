@@ -1,7 +1,7 @@
 """Profiles by rule, for hardware and models that nobody has measured; always ``kind="derived"``.
 
-``scale_profile`` carries a measured profile to another platform: the launch floor stays, what the
-memory paces grows with the ratio of bandwidths, what arithmetic paces with the ratio of rates.
+``scale_profile`` carries a measured profile to another platform: launching stays, what the memory
+paces grows with the ratio of bandwidths, what arithmetic paces with the ratio of rates.
 ``derive_profile`` makes a profile from a model's shape alone: bytes over bandwidth, operations
 over rate, a launch floor per layer. The constants of both stand in ``data/rule.json``, which
 ``benchmarks/fit_derivation.py`` fits to the measured profiles (``mmrl.profiles.fit_rule``).
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from mmrl.node.state import CHUNK_TOKENS
 from mmrl.profiles.costs import CostModel
 from mmrl.profiles.schema import (
     Architecture,
@@ -29,7 +30,6 @@ RULE_FILE = Path(__file__).parent / "data" / "rule.json"
 
 DECODE_GRID = [(batch, context) for batch in (1, 8, 32, 64) for context in (512, 2048, 8192)]
 PREFILL_GRID = (16, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-WORKSPACE_TOKENS = 2048  # one prefill chunk
 WORKSPACE_BATCH = 64
 GRAPHS_LAYER_BYTES = 10 * 2**20  # 20 graphs of some 25 kernels a layer, seen on the H200
 LIBRARY_BYTES = 128 * 2**20  # matrix library workspaces and captured graphs
@@ -42,8 +42,10 @@ class Rule(Record):
     weights takes ``weight_passes`` times their bytes over the data sheet's bandwidth (or their
     operations at the prefill's rate, if that is longer), the KV cache ``kv_passes`` times its
     bytes and ``expanded_kv_passes`` times the bytes it would have with one KV head per query head.
-    A prefill takes its operations over a share of the data sheet's rate, but no less than
-    ``prefill_layer_s`` for each layer.
+    A prefill takes ``prefill_layer_s`` for each layer in its first chunk and ``chunk_layer_s`` in
+    each further one, reads the weights ``prefill_weight_passes`` times for each chunk and the
+    activations (`activation_bytes`) ``activation_passes`` times at the bandwidth, and does its
+    operations at a share of the data sheet's rate.
 
     Attributes:
         fitted_to: The measured profiles, as platform/model.
@@ -57,6 +59,9 @@ class Rule(Record):
     kv_passes: float = Field(ge=0)
     expanded_kv_passes: float = Field(ge=0)
     prefill_layer_s: float = Field(ge=0)
+    chunk_layer_s: float = Field(ge=0)
+    prefill_weight_passes: float = Field(ge=1)
+    activation_passes: float = Field(ge=0)
     matrix_efficiency: float = Field(gt=0, le=1)
     attention_efficiency: float = Field(gt=0, le=1)
     fitted_to: tuple[str, ...]
@@ -83,13 +88,16 @@ class Rule(Record):
 
     def prefill_s(self, shape: Architecture, limits: Limits, tokens: int) -> float:
         """Return the time of a whole prompt."""
+        chunks = max(1, -(-tokens // CHUNK_TOKENS))
         attention = shape.attention_flop(tokens)
         matrix = shape.prefill_flop(tokens) - attention
         work = matrix / self.matrix_efficiency + attention / self.attention_efficiency
-        return max(
-            self.prefill_layer_s * shape.layers,
-            self.read_s(shape, limits.memory_bytes_per_s),
-            work / limits.compute_flop_per_s,
+        moved = self.prefill_weight_passes * chunks * shape.read_bytes
+        moved += self.activation_passes * activation_bytes(shape, tokens)
+        return (
+            (self.prefill_layer_s + self.chunk_layer_s * (chunks - 1)) * shape.layers
+            + moved / limits.memory_bytes_per_s
+            + work / limits.compute_flop_per_s
         )
 
 
@@ -99,10 +107,15 @@ def rule() -> Rule:
     return Rule.model_validate_json(RULE_FILE.read_text(encoding="utf-8"))
 
 
+def activation_bytes(architecture: Architecture, tokens: int) -> int:
+    """Return the activations of so many tokens in all layers: both inner widths, six outer ones."""
+    width = 2 * architecture.intermediate_size + 6 * architecture.hidden_size
+    return architecture.layers * tokens * width * architecture.bytes_per_value
+
+
 def estimate_workspace_bytes(architecture: Architecture) -> int:
     """Estimate device memory beside weights and KV: activations of a chunk, logits of a batch."""
-    width = 2 * architecture.intermediate_size + 6 * architecture.hidden_size
-    activations = WORKSPACE_TOKENS * width * architecture.bytes_per_value
+    activations = activation_bytes(architecture, CHUNK_TOKENS) // architecture.layers
     logits = WORKSPACE_BATCH * architecture.vocabulary * 2 * 4  # fp32, and a copy to sample from
     return activations + logits + LIBRARY_BYTES
 
@@ -116,25 +129,24 @@ def scale_profile(source: Profile, source_platform: Platform, target: Platform) 
     """Derive a model's profile on another platform from its profile on a measured one.
 
     A decode step is a launch floor, which stays, and memory traffic, which takes longer by the
-    ratio of bandwidths. A prefill is the longest of its launch floor, reading the weights, and
-    computing, which takes longer by the ratio of rates. Transfers are the target platform's.
+    ratio of bandwidths. A prefill takes longer by what the rule of derivation says of both
+    platforms: it knows what is launching, memory and arithmetic. Transfers are the target's.
     """
     memory_ratio = source_platform.limits.memory_bytes_per_s / target.limits.memory_bytes_per_s
-    flop_ratio = source_platform.limits.compute_flop_per_s / target.limits.compute_flop_per_s
-    costs = CostModel(source)
-    read_s = rule().read_s(source.architecture, source_platform.limits.memory_bytes_per_s)
+    shape, costs, by = source.architecture, CostModel(source), rule()
+    read_s = by.read_s(shape, source_platform.limits.memory_bytes_per_s)
     floor = max(0.0, costs.decode_s(1, 0) - read_s)
 
     def decode_s(batch: int, context: int) -> float:
         return floor + (costs.decode_s(batch, context) - floor) * memory_ratio
 
     def prefill_s(tokens: int) -> float:
-        compute = costs.prefill_compute_s(tokens) * flop_ratio
-        return max(costs.prefill_s(0), read_s * memory_ratio, compute)
+        here = by.prefill_s(shape, source_platform.limits, tokens)
+        return costs.prefill_s(tokens) * by.prefill_s(shape, target.limits, tokens) / here
 
     return compose_profile(
         source.model,
-        source.architecture,
+        shape,
         target,
         [(point.batch, point.context_tokens) for point in source.decode],
         decode_s,
@@ -150,7 +162,7 @@ def scale_profile(source: Profile, source_platform: Platform, target: Platform) 
             notes=(
                 f"decode: launch floor {floor * 1e3:.2f} ms kept, the rest x {memory_ratio:.2f} "
                 "(ratio of memory bandwidths)",
-                f"prefill: launch floor kept, computing x {flop_ratio:.2f} (ratio of rates)",
+                "prefill: longer by as much as the rule of derivation says, for each length",
                 "transfers: the target platform's",
                 *target.provenance.notes,
             ),
@@ -179,8 +191,11 @@ def derive_profile(model: str, architecture: Architecture, platform: Platform) -
                 f"sequence, weights {by.weight_passes:.2f} times, KV {by.kv_passes:.1f} times and, "
                 f"expanded to the query heads, {by.expanded_kv_passes:.1f} times, at the bandwidth",
                 f"prefill: matrices at {by.matrix_efficiency:.0%} and attention at "
-                f"{by.attention_efficiency:.0%} of the rate, not below "
-                f"{by.prefill_layer_s * 1e3:.2f} ms per layer",
+                f"{by.attention_efficiency:.0%} of the rate, weights "
+                f"{by.prefill_weight_passes:.2f} and activations {by.activation_passes:.1f} times "
+                f"at the bandwidth, {by.prefill_layer_s * 1e6:.0f} us per layer and "
+                f"{by.chunk_layer_s * 1e6:.0f} us more in each further chunk of "
+                f"{CHUNK_TOKENS:,} tokens",
                 f"on the profiles it was fitted to, the rule is off by up to {by.decode_error:.0%} "
                 f"(decode) and {by.prefill_error:.0%} (prefill)",
                 "workspace_bytes, graphs_bytes: estimates",

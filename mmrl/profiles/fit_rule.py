@@ -1,18 +1,23 @@
 """Fit the rule of derivation to measured profiles: what derives a model's costs from its shape.
 
-Decode is linear in the rule's constants: least squares of relative errors, none of them negative.
-Prefill has a floor, and is fitted on logarithms. ``benchmarks/fit_derivation.py`` runs this after
-every measurement and writes ``data/rule.json``.
+Times are linear in the rule's constants: least squares of relative errors, no constant below what
+is possible. ``benchmarks/fit_derivation.py`` runs this after every measurement and writes
+``data/rule.json``.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from mmrl.profiles.derive import Rule
-from mmrl.profiles.schema import Array, Profile
+from mmrl.node.state import CHUNK_TOKENS
+from mmrl.profiles.derive import Rule, activation_bytes
+from mmrl.profiles.schema import Profile
 
-PREFILL_START = np.log([0.5e-3, 0.5, 0.4])  # seconds per layer, shares of the rate
+DECODE = ("layer_s", "sequence_s", "weight_passes", "kv_passes", "expanded_kv_passes")
+PREFILL = (
+    *("prefill_layer_s", "chunk_layer_s", "prefill_weight_passes", "activation_passes"),
+    *("matrix_efficiency", "attention_efficiency"),
+)
 DIGITS = 4
 
 
@@ -21,25 +26,16 @@ def fit_rule(profiles: Sequence[Profile]) -> Rule:
 
     Constants are rounded to four digits before the errors are taken.
     """
-    decode = _fit_decode(profiles)
-    prefill = _fit_prefill(profiles, decode[2])
-    names = (
-        *("layer_s", "sequence_s", "weight_passes", "kv_passes", "expanded_kv_passes"),
-        *("prefill_layer_s", "matrix_efficiency", "attention_efficiency"),
-    )
-    values = dict(zip(names, (_rounded(x) for x in (*decode, *prefill)), strict=True))
+    found = dict(zip(DECODE, _fit_decode(profiles), strict=True))
+    found |= zip(PREFILL, _fit_prefill(profiles), strict=True)
+    values = {name: _rounded(value) for name, value in found.items()}
     fitted = tuple(f"{p.platform}/{p.model}" for p in profiles)
-    found = Rule(**values, fitted_to=fitted, decode_error=0, prefill_error=0)
-    return found.model_copy(
-        update={
-            "decode_error": _rounded(
-                max(abs(e) for p in profiles for e in decode_errors(found, p))
-            ),
-            "prefill_error": _rounded(
-                max(abs(e) for p in profiles for e in prefill_errors(found, p))
-            ),
-        }
-    )
+    rule = Rule(**values, fitted_to=fitted, decode_error=0, prefill_error=0)
+    worst = {
+        field: _rounded(max(abs(e) for profile in profiles for e in errors(rule, profile)))
+        for field, errors in (("decode_error", decode_errors), ("prefill_error", prefill_errors))
+    }
+    return rule.model_copy(update=worst)
 
 
 def decode_errors(rule: Rule, profile: Profile) -> list[float]:
@@ -59,10 +55,8 @@ def prefill_errors(rule: Rule, profile: Profile) -> list[float]:
     ]
 
 
-def _fit_decode(profiles: Sequence[Profile]) -> Array:
+def _fit_decode(profiles: Sequence[Profile]) -> list[float]:
     """Return layer_s, sequence_s and passes over weights, KV and expanded KV."""
-    from scipy.optimize import nnls
-
     rows = []
     for profile in profiles:
         shape, bandwidth = profile.architecture, profile.limits.memory_bytes_per_s
@@ -71,35 +65,37 @@ def _fit_decode(profiles: Sequence[Profile]) -> Array:
             expanded = kv * shape.attention_heads / shape.kv_heads
             costs = (shape.layers, point.batch, shape.read_bytes / bandwidth, kv, expanded)
             rows.append([cost / point.time_s for cost in costs])
-    found: Array = nnls(np.array(rows), np.ones(len(rows)))[0]
-    return found
+    return _fitted(rows, least=[0, 0, 1, 0, 0])
 
 
-def _fit_prefill(profiles: Sequence[Profile], weight_passes: float) -> Array:
-    """Return prefill_layer_s and the efficiencies of matrices and of attention."""
-    from scipy.optimize import least_squares
-
-    columns = []
+def _fit_prefill(profiles: Sequence[Profile]) -> list[float]:
+    """Return the constants of a prefill, in the order of `PREFILL`."""
+    rows = []
     for profile in profiles:
         shape, limits = profile.architecture, profile.limits
-        read_s = weight_passes * shape.read_bytes / limits.memory_bytes_per_s
         for point in profile.prefill:
-            attention = shape.attention_flop(point.tokens) / limits.compute_flop_per_s
-            whole = shape.prefill_flop(point.tokens) / limits.compute_flop_per_s
-            columns.append((shape.layers, read_s, whole - attention, attention, point.time_s))
-    layers, read, matrix, attention_s, time = np.array(columns).T
+            chunks = max(1, -(-point.tokens // CHUNK_TOKENS))
+            attention = shape.attention_flop(point.tokens)
+            costs = (
+                shape.layers,
+                shape.layers * (chunks - 1),
+                chunks * shape.read_bytes / limits.memory_bytes_per_s,
+                activation_bytes(shape, point.tokens) / limits.memory_bytes_per_s,
+                (shape.prefill_flop(point.tokens) - attention) / limits.compute_flop_per_s,
+                attention / limits.compute_flop_per_s,
+            )
+            rows.append([cost / point.time_s for cost in costs])
+    *rest, matrix, attention = _fitted(rows, least=[0, 0, 1, 0, 1, 1])
+    return [*rest, 1 / matrix, 1 / attention]
 
-    def errors(logs: Array) -> Array:
-        layer_s, at_matrix, at_attention = np.exp(logs)
-        floor = np.maximum(layers * layer_s, read)
-        work = matrix / at_matrix + attention_s / at_attention
-        found: Array = np.log(np.maximum(floor, work) / time)
-        return found
 
-    upper = [np.inf, 0.0, 0.0]
-    return np.exp(
-        least_squares(errors, PREFILL_START, bounds=(-np.inf, upper), diff_step=[1e-4] * 3).x
-    )
+def _fitted(rows: list[list[float]], least: list[float]) -> list[float]:
+    """Return constants that bring each row's sum, a share of a measured time, nearest to 1."""
+    from scipy.optimize import lsq_linear
+
+    bounds = np.array(least), np.full(len(least), np.inf)
+    found = lsq_linear(np.array(rows), np.ones(len(rows)), bounds, method="bvls")
+    return [float(constant) for constant in found.x]
 
 
 def _rounded(value: float) -> float:

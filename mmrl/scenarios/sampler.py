@@ -28,8 +28,8 @@ from mmrl.scenarios.sources import (
 )
 from mmrl.workloads.trace import Trace
 
-LARGEST_SHARE = 1.08  # a drawn budget is at least so many times the largest model's weights ...
-LARGEST_EXTRA_BYTES = 2 * 10**9  # ... and this, for its KV cache
+LARGEST_SHARE = 1.08  # a drawn budget has room for so many times the largest model's weights ...
+LARGEST_EXTRA_BYTES = 2 * 10**9  # ... and this, beside what the node reserves
 OPTION_LOAD = 1.5  # options may ask for a load up to this, or up to the scenario's highest
 PROBES = 128  # episodes drawn to learn how many requests an episode can have
 PROBE_ROWS = 2**16
@@ -255,13 +255,16 @@ class EpisodeSampler:
     def _least_budgets(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the least budget that is drawn for each model of a fleet, int64[M].
 
-        Also with full verbs a drawn budget holds the largest model as a whole: streaming a model
-        through every iteration is another trade, and another load.
+        It holds the model as a whole beside what a fleet with levels reserves, whatever the verb
+        set: streaming a model through every iteration is another trade, and another load.
         """
-        needed = self.bank.needed_bytes(rows, False, self._source.longest_tokens)
-        comfortable = np.rint(LARGEST_SHARE * self.bank.weight_bytes[rows]) + LARGEST_EXTRA_BYTES
-        least: NDArray[np.int64] = np.maximum(needed, comfortable.astype(np.int64))
-        return least
+        reserve = self.bank.reserve_bytes(rows, levels=True)
+        weights = self.bank.weight_bytes[rows]
+        kv = np.maximum(
+            np.rint((LARGEST_SHARE - 1) * weights).astype(np.int64) + LARGEST_EXTRA_BYTES,
+            self.bank.kv_bytes(rows, self._source.longest_tokens),
+        )
+        return np.asarray(reserve + weights + kv, np.int64)
 
     def _fill_node(
         self,
@@ -327,7 +330,8 @@ class EpisodeSampler:
         if scenario.fleet is None:
             self._check_fit(platform, rows, budget, self._source.longest_tokens)
             return rows
-        fitting = rows[self._least_budgets(rows) <= budget]
+        needed = bank.needed_bytes(rows, levels=False, tokens=self._source.longest_tokens)
+        fitting = rows[needed <= budget]
         if len(fitting) == 0:
             raise InputError(
                 f"scenario '{scenario.name}': fleet.choose_from: none of them fits in "

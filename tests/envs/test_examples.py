@@ -9,7 +9,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_five_line_policy(capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(EXAMPLES / "five_line_policy.py"))["main"]
     goodputs = main(episodes=2)
-    assert all(0.5 < goodput <= 1 for goodput in goodputs)
+    assert all(0.3 < goodput <= 1 for goodput in goodputs)
     assert capsys.readouterr().out.count("goodput") == 2
 
 

@@ -21,8 +21,15 @@ from mmrl.profiles.costs import (
 )
 from mmrl.profiles.schema import DecodePoint, Overhead, Profile, TokenPoint
 
+
+
+def without_overhead(platform: str, model: str) -> Profile:
+    """Return a shipped profile as if its loop took no time: its points are then its prices."""
+    return registry.get_profile(platform, model).model_copy(update={"overhead": None})
+
+
 PAIRS = [(p, m) for p in registry.platforms() for m in registry.models(p)]
-MODELS = {pair: CostModel(registry.get_profile(*pair)) for pair in PAIRS}
+MODELS = {pair: CostModel(without_overhead(*pair)) for pair in PAIRS}
 DECODE_TABLES = {pair: costs.decode_table() for pair, costs in MODELS.items()}
 PREFILL_TABLES = {pair: costs.prefill_table() for pair, costs in MODELS.items()}
 
@@ -38,13 +45,13 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_decode(points: list[tuple[int, int, float]]) -> CostModel:
-    profile = registry.get_profile("h200", "qwen2.5-7b")
+    profile = without_overhead("h200", "qwen2.5-7b")
     decode = [DecodePoint(batch=b, context_tokens=c, time_s=t) for b, c, t in points]
     return CostModel(profile.model_copy(update={"decode": tuple(decode)}))
 
 
 def with_prefill(points: list[tuple[int, float]]) -> CostModel:
-    profile = registry.get_profile("h200", "qwen2.5-7b")
+    profile = without_overhead("h200", "qwen2.5-7b")
     prefill = tuple(TokenPoint(tokens=n, time_s=t) for n, t in points)
     return CostModel(profile.model_copy(update={"prefill": prefill}))
 
@@ -194,7 +201,7 @@ def test_isolated_latency_of_many() -> None:
 
 
 def test_what_the_loop_adds_is_part_of_every_price() -> None:
-    profile = registry.get_profile("h200", "qwen2.5-7b")
+    profile = without_overhead("h200", "qwen2.5-7b")
     alone = CostModel(profile)
     added = Overhead(decode_s=1e-3, prefill_s=2e-3, kv_s=3e-3)
     costs = CostModel(profile.model_copy(update={"overhead": added}))

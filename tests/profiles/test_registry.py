@@ -12,7 +12,7 @@ from mmrl.profiles.derive import derive_profile, rule
 from mmrl.profiles.schema import save
 
 MODELS = registry.models("h200")
-DERIVED = ["consumer-pcie4", "study-a6000", "study-rtx5000ada"]
+DERIVED = ["consumer-pcie4", "l40s", "study-a6000", "study-rtx5000ada"]
 
 
 def test_names() -> None:

@@ -167,9 +167,10 @@ def test_jitter_moves_loads_and_streams_too() -> None:
     exact = draw(get_scenario("demo").sampler(), 0)[1]
     jittered = draw(sampler, 0)[1]
     for field in ("load_fixed_ns", "load_base_ns", "load_layer_ns", "stream_layer_ns"):
-        ratio = jittered[field][:6] / exact[field][:6]
+        some = np.flatnonzero(exact[field][:6])  # a measured load may have no fixed part
+        ratio = jittered[field][some] / exact[field][some]
         assert ((ratio > 0.799) & (ratio < 1.201)).all()
-        assert len(set(ratio.round(6))) == 6
+        assert len(set(ratio.round(6))) == len(some) > 0
     assert (jittered.save_block_ns == exact.save_block_ns).all()
 
 

@@ -22,7 +22,6 @@ from mmrl.profiles.costs import (
 from mmrl.profiles.schema import DecodePoint, Overhead, Profile, TokenPoint
 
 
-
 def without_overhead(platform: str, model: str) -> Profile:
     """Return a shipped profile as if its loop took no time: its points are then its prices."""
     return registry.get_profile(platform, model).model_copy(update={"overhead": None})

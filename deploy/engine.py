@@ -102,6 +102,7 @@ class Engine:
             D2H: self.transfers.d2h,
         }
         self.foreseen_compute_end = False
+        self._stuck = False
         self._numbers: dict[int, Sequence_] = {}
         self._cancelling: list[Sequence_] = []
         self._new: list[Sequence_] = []
@@ -258,8 +259,10 @@ class Engine:
             taken = self._memory.take_granted()
             more = taken and self.iterations.start()
             self.transfers.start(self._memory.unsettled, self._memory.ungranted)
-        if not taken and not any(lane.current or lane.unfinished for lane in self._lanes.values()):
+        busy = any(lane.current or lane.unfinished for lane in self._lanes.values())
+        if not taken and not busy and not self._stuck:
             log.error("memory that was granted cannot be taken, and nothing that ends will free it")
+        self._stuck = not taken and not busy
         if taken and not self._memory.unsettled:
             self.iterations.look_ahead()
 

@@ -91,4 +91,4 @@ def test_the_universal_scenario_is_balanced() -> None:
         part = scenario.model_copy(update={"verbs": verbs, "load": (1.0, 1.0)})
         results = rollout(get_rule("slack"), part.sampler(), [("dev", i) for i in range(120)])
         goodput = np.nanmean([result.metrics["goodput"] for result in results])
-        assert 0.86 < goodput < 0.94  # load 1 is where the slack rule reaches .90
+        assert 0.84 < goodput < 0.94  # load 1 is where the slack rule reaches .90

@@ -26,6 +26,7 @@ from mmrl.node.requests import certain_miss
 from mmrl.node.state import (
     DECODE,
     DONE,
+    MISS_NONE,
     MISS_REFUSED,
     QUEUED,
     REFUSED,
@@ -284,15 +285,18 @@ def notes(run: Sent) -> list[str]:
 def request_table(run: Sent) -> "pd.DataFrame":
     """Return a row per request, all instants in seconds since the start of the run.
 
-    ``chunk_s`` and ``chunk_tokens`` are lists: when each chunk came, and how many tokens it had.
+    ``good``: it met both targets. ``chunk_s`` and ``chunk_tokens`` are lists: when each chunk came,
+    and how many tokens it had.
     """
     import pandas as pd
 
     def seconds(instant_ns: int) -> float:
         return (instant_ns - run.start_ns) * 1e-9 if instant_ns >= 0 else float("nan")
 
+    _, ended = episode_arrays(run)
+    good = (ended["state"] == DONE) & (ended["miss"] == MISS_NONE)
     rows = []
-    for request, stream in zip(run.workload.requests, run.streams, strict=True):
+    for request, stream, met in zip(run.workload.requests, run.streams, good, strict=True):
         model = run.workload.models[request["model"]]
         done = stream.outcome is Outcome.DONE
         rows.append(
@@ -313,6 +317,7 @@ def request_table(run: Sent) -> "pd.DataFrame":
                 "status": str(stream.outcome),
                 "http_status": stream.status,
                 "reason": stream.reason,
+                "good": bool(met),
                 "warmup": bool(request["arrival_ns"] < run.warmup_s * 1e9),
                 "chunk_s": [seconds(instant) for instant in stream.times_ns],
                 "chunk_tokens": np.diff(stream.counts, prepend=0).tolist(),

@@ -598,6 +598,8 @@ def test_the_table_of_requests_has_every_chunk(tmp_path: Path) -> None:
     assert table.finish_s.tolist()[:3] == [5, 8, 10] and np.isnan(table.finish_s[3])
     assert table.served_as.tolist()[:3] == ["a", "a", "served-b"]
     assert table.warmup.tolist() == [True, True, *[False] * 6]
+    assert not table.good.any()
+    assert request_table(hand_made()).good.sum() == 1  # of seven: a goodput of 1 / 7
     assert table.reason[6] == "it broke"
 
 

@@ -1,0 +1,168 @@
+"""Policies in turn on one live server, on the same requests, beside the simulator's prediction.
+
+    mmrl serve models/... --memory 40GB --policy slack       # the fleet of benchmarks/headline.toml
+    python benchmarks/headline.py --url http://127.0.0.1:8000 --out runs/headline
+    python benchmarks/headline.py --out runs/headline        # the table and figure again, anywhere
+
+Each repeat is another test episode of the scenario; within it every policy gets the same requests
+at the same instants, in an order that is turned round from one repeat to the next. What is finished
+is kept: the same command goes on. Intervals resample blocks of ten seconds of arrivals, the same
+blocks for all policies, since what happens to requests that come together is not independent.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mmrl.files import write_json
+from mmrl.stats import bootstrap
+
+SCENARIO = Path(__file__).with_name("headline.toml")
+POLICIES = ("full-swap", "lru", "slack", "default")
+BLOCK_S = 10.0
+METRICS = ("goodput", "norm_latency", "ttft_p50_s", "ttft_p99_s", "loads_per_s", "longest_wait_s")
+RUN = "run-{repeat}-{policy}"
+LIVE = "live"
+
+
+def serve(url: str, policy: str, repeat: int, folder: Path) -> None:
+    """Let a policy serve an episode, and simulate it on the same arrivals."""
+    import httpx2
+
+    key = os.environ.get("MMRL_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    httpx2.post(f"{url}/admin/policy/{policy}", headers=headers, timeout=60).raise_for_status()
+    main = "import sys; sys.argv[0] = 'mmrl'; from mmrl.cli.app import main; main()"
+    command = [sys.executable, "-c", main, "replay", "--url", url, "--scenario", str(SCENARIO)]
+    command += ["--split", "test", "--episode", str(repeat), "--simulate", policy]
+    subprocess.run([*command, "--name", LIVE, "--out", str(folder)], check=True)
+
+
+def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return all live requests, and the metrics of each run, live and simulated."""
+    requests, runs = [], []
+    for path in sorted(folder.glob(RUN.format(repeat="*", policy="*"))):
+        _, repeat, policy = path.name.split("-", 2)
+        about = {"policy": policy, "repeat": int(repeat)}
+        requests.append(pd.read_parquet(path / "requests.parquet").assign(**about))
+        for row in pd.read_parquet(path / "episodes.parquet").to_dict("records"):
+            values = {name: row[name] for name in METRICS}
+            runs.append(about | {"live": row["policy"] == LIVE} | values)
+    if not runs:
+        raise SystemExit(f"{folder} holds no runs: name a server with --url")
+    return pd.concat(requests), pd.DataFrame(runs)
+
+
+def blocks(requests: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return requests and good ones, a row per block of arrivals and a column per policy."""
+    block = (requests.scheduled_s // BLOCK_S).astype(int)
+    good = requests.groupby([requests.repeat, block, requests.policy]).good.agg(["size", "sum"])
+    table = good.unstack("policy").dropna()  # of a repeat that is not done by all, nothing
+    return table["size"], table["sum"]
+
+
+def table(requests: pd.DataFrame, runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a row per policy: live and simulated, and the learned one's lead over it."""
+    counts, good = blocks(requests)
+    index = [np.arange(len(counts))]
+
+    def share(policy: str, rows: np.ndarray) -> np.ndarray:
+        rows = rows.astype(np.int64)
+        n, met = counts[policy].to_numpy()[rows], good[policy].to_numpy()[rows]
+        return np.asarray(met.sum(-1) / n.sum(-1))
+
+    order = [name for name in runs.policy.unique() if name in counts]
+    learned = next((name for name in order if name not in POLICIES[:3]), None)
+    rows = []
+    for policy in order:
+        mine = runs[runs.policy == policy].groupby("live")[list(METRICS)].mean()
+        row: dict[str, Any] = {
+            "policy": policy,
+            "requests": int(counts[policy].sum()),
+            "live": mine.loc[True].to_dict(),
+            "simulated": mine.loc[False].to_dict(),
+            "goodput": bootstrap(index, lambda rows, p=policy: share(p, rows)),
+        }
+        if learned not in (None, policy):
+            row["learned_leads_by"] = bootstrap(
+                index, lambda rows, p=policy: share(learned, rows) - share(p, rows)
+            )
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["goodput"].estimate)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the figure: goodput and latency of each policy, live with intervals and simulated."""
+    from plotly.subplots import make_subplots
+
+    names = [row["policy"] for row in rows]
+    figure = make_subplots(1, 2, subplot_titles=("goodput, %", "normalised latency"))
+    shown = [row["goodput"] for row in rows]
+    figure.add_bar(
+        x=names,
+        y=[100 * each.estimate for each in shown],
+        error_y={
+            "array": [100 * (each.high - each.estimate) for each in shown],
+            "arrayminus": [100 * (each.estimate - each.low) for each in shown],
+        },
+        name="live on an H200 (95 %)",
+        marker_color="#2f7de1",
+        row=1,
+        col=1,
+    )
+    latency = [row["live"]["norm_latency"] for row in rows]
+    figure.add_bar(
+        x=names, y=latency, marker_color="#2f7de1", showlegend=False, name="live", row=1, col=2
+    )
+    for column, metric, unit in ((1, "goodput", 100), (2, "norm_latency", 1)):
+        figure.add_scatter(
+            x=names,
+            y=[unit * row["simulated"][metric] for row in rows],
+            mode="markers",
+            marker={"symbol": "diamond", "size": 11, "color": "#e8710a"},
+            name="simulated",
+            showlegend=column == 1,
+            row=1,
+            col=column,
+        )
+    figure.update_yaxes(type="log", row=1, col=2)
+    figure.update_layout(
+        template="plotly_white", width=1000, height=380, legend={"orientation": "h", "y": -0.12}
+    )
+    figure.write_html(path, include_plotlyjs=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", help="of the server; none: only the table and figure")
+    parser.add_argument("--out", type=Path, default=Path("runs/headline"))
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--policies", nargs="+", default=POLICIES)
+    arguments = parser.parse_args()
+    for repeat in range(arguments.repeats if arguments.url else 0):
+        for policy in arguments.policies[:: -1 if repeat % 2 else 1]:
+            folder = arguments.out / RUN.format(repeat=repeat, policy=policy)
+            if not (folder / "summary.json").exists():
+                serve(arguments.url.rstrip("/"), policy, repeat, folder)
+    found = table(*read(arguments.out))
+    for row in found:
+        low, high = (100 * bound for bound in row["goodput"][1:])
+        live, simulated = row["live"], row["simulated"]
+        print(
+            f"{row['policy']:12s} goodput {100 * row['goodput'].estimate:5.1f} % "
+            f"[{low:.1f}, {high:.1f}] (simulated {100 * simulated['goodput']:.1f}), "
+            f"normalised latency {live['norm_latency']:.1f} ({simulated['norm_latency']:.1f}), "
+            f"TTFT p99 {live['ttft_p99_s']:.1f} s ({simulated['ttft_p99_s']:.1f}), "
+            f"loads/s {live['loads_per_s']:.2f} ({simulated['loads_per_s']:.2f})"
+        )
+        if "learned_leads_by" in row:
+            lead, low, high = (100 * each for each in row["learned_leads_by"])
+            print(f"{'':12s} the learned policy leads by {lead:.1f} [{low:.1f}, {high:.1f}] points")
+    write_json(arguments.out / "headline.json", found)
+    draw(found, arguments.out / "headline.html")

@@ -19,7 +19,7 @@ from mmrl.deploy.memory import OutOfDeviceMemory
 from mmrl.deploy.node import LiveNode
 from mmrl.deploy.runner import DecodeInput, ModelRunner
 from mmrl.deploy.served import Rows, Sequence_, ServedModel
-from mmrl.deploy.streaming import LinkBoundGate
+from mmrl.deploy.streaming import Abandoned, LinkBoundGate
 from mmrl.deploy.transfers import Transfers
 from mmrl.deploy.workers import Done, Inbox, Lane, Launched, Task, Worker
 from mmrl.node.state import DECODE_STEP, IDLE
@@ -280,7 +280,7 @@ def _decode(
     """
     try:
         return _launch(runner, inputs, job, resident)
-    except (torch.OutOfMemoryError, OutOfDeviceMemory):
+    except (torch.OutOfMemoryError, OutOfDeviceMemory, Abandoned):
         raise
     except Exception:
         if len(inputs) == 1:
@@ -289,7 +289,7 @@ def _decode(
     for one in inputs:
         try:
             tokens += runner.decode([one], resident=resident)
-        except (torch.OutOfMemoryError, OutOfDeviceMemory):
+        except (torch.OutOfMemoryError, OutOfDeviceMemory, Abandoned):
             raise
         except Exception as error:
             tokens.append(error)

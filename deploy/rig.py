@@ -33,6 +33,7 @@ from mmrl.deploy.testbed import MODELS, configuration
 from mmrl.deploy.workers import Done, Task
 from mmrl.errors import MmrlError
 from mmrl.node.actions import LEVEL_0, OUT, WAIT, encode
+from mmrl.node.state import DECODE_STEP, SEGMENT_STEPS
 
 LIMIT_S = 120.0  # of what is waited for, unless told otherwise
 CLEAR_S = 30.0  # for all requests to end
@@ -53,6 +54,7 @@ class Step(NamedTuple):
         model: Index of the model.
         kind: PREFILL_CHUNK or DECODE_STEP.
         batch: Sequences in it.
+        first: Whether it is the first decode step of a segment.
         took_s: From its beginning to its end on the compute worker.
         begun_s: On the clock of ``time.monotonic``.
         ended_s: Likewise.
@@ -61,6 +63,7 @@ class Step(NamedTuple):
     model: int
     kind: int
     batch: int
+    first: bool
     took_s: float
     begun_s: float
     ended_s: float
@@ -284,8 +287,10 @@ class Rig(AbstractContextManager["Rig"]):
         elif what == "iteration":
             job, done = value
             begun_s, ended_s = done.begun_ns / 1e9, done.ended_ns / 1e9
+            settled = bool(self.node.state.seg_left[job.model] == SEGMENT_STEPS)
+            first, count = job.kind == DECODE_STEP and settled, len(job.sequences)
             self.steps.append(
-                Step(job.model, job.kind, len(job.sequences), ended_s - begun_s, begun_s, ended_s)
+                Step(job.model, job.kind, count, first, ended_s - begun_s, begun_s, ended_s)
             )
 
     def _act(self, m: int, verb: int) -> None:

@@ -8,6 +8,7 @@ would do, and the profile's notes say by how much.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -322,11 +323,20 @@ def _overhead(raw: Raw, costs: CostModel) -> Overhead | None:
         "save": costs.kv_save_s(found["save"]["bytes"]),
         "restore": costs.kv_restore_s(found["restore"]["bytes"]),
     }
-    added = {what: max(0.0, median(found[what]["times_s"]) - alone[what]) for what in alone}
+    took = {what: median(point["times_s"]) for what, point in found.items()}
+    added = {what: max(0.0, took[what] - alone[what]) for what in alone}
+    settle_s = piece_s = None
+    if "settle" in found:
+        settle_s = _round(max(0.0, took["settle"] - took["decode"]))
+    if "piece" in found:  # some take much longer, and together they make a load
+        layer_s = found["piece"]["bytes"] / costs.profile.load.bytes_per_s
+        piece_s = _round(max(0.0, fmean(found["piece"]["times_s"]) - layer_s))
     return Overhead(
         decode_s=_round(added["decode"]),
         prefill_s=_round(added["prefill"]),
         kv_s=_round((added["save"] + added["restore"]) / 2),
+        settle_s=settle_s,
+        piece_s=piece_s,
     )
 
 

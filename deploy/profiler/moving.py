@@ -8,7 +8,6 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import fmean
 
 from mmrl.deploy.clock import D2H, H2D
 from mmrl.deploy.kv import KVPool
@@ -31,7 +30,8 @@ SCATTERED = 8  # sequences that grew side by side, block by block
 BESIDE_BATCH, BESIDE_PROMPT = 8, 256
 BESIDE_STEPS, LEAST_STEPS, MOST_LOADS = 60, 8, 100
 SAVED_TOKENS = 4096
-LOOP_SEGMENTS, LOOP_PROMPTS, LOOP_PROMPT = 8, 12, 112
+LOOP_SEGMENTS, LOOP_PROMPTS, LOOP_PROMPT, LOOP_LOADS = 8, 12, 112, 3
+LOOP_ROOM_BLOCKS = 64  # of KV caches that grow meanwhile
 
 
 def load(subject: Subject, section: Section) -> None:
@@ -211,7 +211,7 @@ def _beside_stream(subject: Subject, section: Section, other: str) -> None:
 
 
 def overhead(subject: Subject, section: Section) -> None:
-    """Measure iterations and KV moves in the loop of a busy node, from end to end.
+    """Measure iterations, KV moves and loads in the loop of a busy node, from end to end.
 
     Beside the model its second instance decodes, where both fit, so that they alternate.
     """
@@ -228,36 +228,75 @@ def overhead(subject: Subject, section: Section) -> None:
     rig.steps.clear()
     count = min(LOOP_SEGMENTS * SEGMENT_STEPS, subject.checkpoint.max_context // 4)
     rig.until(lambda: len(_periods(subject, DECODE_STEP)) >= count)
-    steps = _periods(subject, DECODE_STEP)
     context = int(rig.node.state.context_tokens[0]) // BESIDE_BATCH
-    runs = [steps[i : i + SEGMENT_STEPS] for i in range(0, count, SEGMENT_STEPS)]
-    times = [fmean(run) for run in runs]
-    section.add(times, what="decode", batch=BESIDE_BATCH, context_tokens=context)
+    for what, first in (("decode", False), ("settle", True)):
+        times = _periods(subject, DECODE_STEP, first)
+        section.add(times, what=what, batch=BESIDE_BATCH, context_tokens=context)
     tokens = min(LOOP_PROMPT, subject.checkpoint.max_context // 4)
     times = [_prompt_in_loop(subject, tokens) for _ in range(LOOP_PROMPTS)]
     section.add(times, what="prefill", tokens=tokens)
-    _kv_in_loop(subject, section)
+    with _memory_taken_in_turn(subject) as take:
+        _moves_in_loop(subject, section, take)
     _end(subject)
 
 
-def _kv_in_loop(subject: Subject, section: Section) -> None:
-    """Put the first model out and load it again; its sequences are saved and restored in turn."""
+def _moves_in_loop(subject: Subject, section: Section, take: Callable[[], None]) -> None:
+    """Put the first model out and load it again and again, beside the other's decode steps.
+
+    Its sequences are saved and restored in turn; between the two others ``take`` its memory.
+    """
     rig, name, s = subject.rig, subject.names[0], subject.rig.node.state
-    rig.transfers.clear()
-    rig.level(name, OUT)
-    rig.until(lambda: s.save_len == 0 and s.d2h_request < 0)
-    kept = [row for row in rig.node.requests[: s.n_requests] if row["state"] == SAVED]
-    nbytes = max((int(row["blocks"]) for row in kept), default=0) * subject.model.pool.block_bytes
-    rig.level(name, LEVEL_100)
-    rig.until(lambda: int(s.decoding[0]) == BESIDE_BATCH)
-    for what, worker in (("save", D2H), ("restore", H2D)):
-        moves = [
-            done
-            for done in rig.transfers
-            if done.worker == worker and isinstance(done.tag.of, Sequence_)
-        ]
-        times = [(b.ended_ns - a.ended_ns) / 1e9 for a, b in itertools.pairwise(moves)]
-        section.add(times, what=what, bytes=nbytes)
+    times: dict[str, list[float]] = {"save": [], "restore": [], "piece": []}
+    nbytes = 0
+    for _ in range(LOOP_LOADS):
+        rig.transfers.clear()
+        rig.level(name, OUT)
+        rig.until(lambda: s.save_len == 0 and s.d2h_request < 0)
+        take()
+        kept = [row for row in rig.node.requests[: s.n_requests] if row["state"] == SAVED]
+        blocks = max((int(row["blocks"]) for row in kept), default=0)
+        nbytes = blocks * subject.model.pool.block_bytes
+        rig.level(name, LEVEL_100)
+        rig.until(lambda: int(s.decoding[0]) == BESIDE_BATCH)
+        for what, worker, kind in (
+            ("save", D2H, Sequence_),
+            ("restore", H2D, Sequence_),
+            ("piece", H2D, ServedModel),
+        ):
+            moves = [done for done in rig.transfers if done.worker == worker]
+            times[what] += [
+                (b.ended_ns - a.ended_ns) / 1e9
+                for a, b in itertools.pairwise(moves)
+                if isinstance(a.tag.of, kind) and isinstance(b.tag.of, kind)
+            ]
+    for what, found in times.items():
+        size = subject.checkpoint.layer_bytes if what == "piece" else nbytes
+        section.add(found, what=what, bytes=size)
+
+
+@contextmanager
+def _memory_taken_in_turn(subject: Subject) -> Iterator[Callable[[], None]]:
+    """Yield what has the memory that the weights of one instance have left used elsewhere.
+
+    On a node that is full, loads find memory that is still mapped where others have been.
+    """
+    memory, sizes = subject.rig.fleet.memory, subject.model.weights.piece_bytes
+    given, pool = memory.budget_bytes, subject.model.pool
+    room = LOOP_ROOM_BLOCKS * pool.block_bytes + 2 * pool.slack_bytes
+    spare = memory.reserve(sum(sizes))
+
+    def take() -> None:
+        ends = list(itertools.accumulate(sizes, initial=0))
+        for start, stop in itertools.pairwise(ends):
+            spare.commit(start, stop, whole=True)
+        spare.decommit(0, ends[-1])
+
+    memory.set_budget(min(given, memory.committed_bytes + room))
+    try:
+        yield take
+    finally:
+        spare.close()
+        memory.set_budget(given)
 
 
 def _prompt_in_loop(subject: Subject, tokens: int) -> float:
@@ -271,12 +310,15 @@ def _prompt_in_loop(subject: Subject, tokens: int) -> float:
     return period
 
 
-def _periods(subject: Subject, kind: int) -> list[float]:
-    """Return the times from the iteration before to the end of each of the first model's."""
+def _periods(subject: Subject, kind: int, first: bool | None = None) -> list[float]:
+    """Return the times from the iteration before to the end of each of the first model's.
+
+    ``first``: only of those that begin a segment, or only of the others.
+    """
     return [
         step.ended_s - before.ended_s
         for before, step in itertools.pairwise(subject.rig.steps)
-        if (step.model, step.kind) == (0, kind)
+        if (step.model, step.kind) == (0, kind) and first in (None, step.first)
     ]
 
 

@@ -45,6 +45,7 @@ def priced_steps(recording: Recording) -> dict[str, Steps]:
     """
     steps, node = recording.columns("iteration"), recording.node()
     prices_ns = np.array([_price_ns(node, steps, i) for i in range(len(steps["model"]))], np.int64)
+    prices_ns += _settled(steps) * np.asarray(node.state.settle_ns)[steps["model"]]
     beside = _beside(steps, recording.columns("transfer"))
     others = ~(1 << LINK_STREAM | 1 << SAVE)
     kinds: dict[str, Flags] = {
@@ -123,8 +124,22 @@ def gaps(recording: Recording) -> dict[str, Any]:
     }
 
 
+def _settled(steps: Arrays) -> Flags:
+    """Return which iterations are the first of a segment of a resident model, bool[n].
+
+    A batch that has settled has another context than before, or another size.
+    """
+    found: Flags = np.zeros(len(steps["model"]), np.bool_)
+    decodes, resident = steps["kind"] == DECODE_STEP, steps["link_bound"] == 0
+    for m in np.unique(steps["model"]):
+        mine = np.flatnonzero(decodes & (steps["model"] == m))
+        settled = np.stack([steps["batch"][mine], steps["context"][mine]])
+        found[mine] = np.diff(settled, axis=1, prepend=-1).any(axis=0)
+    return np.asarray(found & resident, np.bool_)
+
+
 def _price_ns(node: LiveNode, steps: Arrays, i: int) -> int:
-    """Return what the simulator charges for an iteration."""
+    """Return what the simulator charges for an iteration, but for settling."""
     s, m = node.state, int(steps["model"][i])
     profile, context, tokens = int(s.profile[m]), int(steps["context"][i]), int(steps["tokens"][i])
     if steps["kind"][i] == DECODE_STEP:

@@ -106,6 +106,7 @@ NODE = np.dtype(
         ("beside_load", "f8", _M),  # share by which a decode step is longer while the link loads,
         ("beside_stream", "f8", _M),  # ... streams,
         ("beside_save", "f8", _M),  # ... or saves
+        ("settle_ns", "i8", _M),  # by how much the first decode step of a segment is longer
         ("decode_scale", "f8", _M),  # cost jitter of the episode; 1 = as profiled
         ("prefill_scale", "f8", _M),
         # --- clock and decisions ----------------------------------------------------------------

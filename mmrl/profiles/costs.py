@@ -88,7 +88,7 @@ class CostModel:
     """Seconds of a model's iterations and transfers on a platform.
 
     A price is what the node needs: the time by itself, and what the loop adds to it
-    (``profile.overhead``).
+    (``profile.overhead``); but what comes once a segment, or once a piece of a load, a node adds.
 
     Args:
         profile: The measured or derived profile; ``profile.kind`` tells which.

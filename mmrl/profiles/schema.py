@@ -12,7 +12,15 @@ from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from mmrl.errors import InputError
 from mmrl.files import write_json
@@ -133,13 +141,23 @@ class Slowdown(Record):
 class Overhead(Record):
     """What things take longer in the engine's loop, on a node that is busy, than by themselves.
 
-    A decode step (the mean of those that were queued ahead and those that were not), a prefill
-    chunk of a resident model, and the move of a sequence's KV cache in either direction.
+    A decode step, a prefill chunk of a resident model, the move of a sequence's KV cache in either
+    direction, and a piece of a load while others compute. ``settle_s`` comes on top for the first
+    step of a segment: what it runs on is known only when the batch has settled, so that it cannot
+    be launched behind the step before. Where it was not measured (None), ``decode_s`` is the mean
+    of all steps; where ``piece_s`` was not, a load costs what it does on an idle node.
     """
 
     decode_s: float = Field(ge=0)
     prefill_s: float = Field(ge=0)
     kv_s: float = Field(ge=0)
+    settle_s: float | None = Field(default=None, ge=0)
+    piece_s: float | None = Field(default=None, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _only_measured(self, dump: SerializerFunctionWrapHandler) -> dict[str, float]:
+        """Leave out what was not measured, so that older profiles are written as they were."""
+        return {field: value for field, value in dump(self).items() if value is not None}
 
 
 class Limits(Record):

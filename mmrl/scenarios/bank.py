@@ -14,7 +14,7 @@ from mmrl.node.state import BLOCK_TOKENS, NODE
 from mmrl.profiles.costs import CostModel
 from mmrl.profiles.interpolate import interpolated_profiles
 from mmrl.profiles.registry import get_platform, get_profile
-from mmrl.profiles.schema import Platform, Profile, Slowdown, Transfer
+from mmrl.profiles.schema import Overhead, Platform, Profile, Slowdown, Transfer
 
 LOAD_FIELDS = ("load_fixed_ns", "load_base_ns", "load_layer_ns")
 STREAM_FIELDS = ("stream_fixed_ns", "stream_layer_ns")
@@ -31,6 +31,7 @@ OTHER_FIELDS = (
     "beside_load",
     "beside_stream",
     "beside_save",
+    "settle_ns",
 )
 CONSTANT_FIELDS = (*OTHER_FIELDS, *LOAD_FIELDS, *STREAM_FIELDS)
 
@@ -152,6 +153,8 @@ class CostBank:
 def _constants(row: int, profile: Profile, cost: CostModel) -> dict[str, int | float]:
     block_bytes = BLOCK_TOKENS * profile.kv_bytes_per_token
     slowed = profile.slowdown or Slowdown(beside_load=1, beside_save=1, beside_stream=1)
+    added = profile.overhead or Overhead(decode_s=0, prefill_s=0, kv_s=0)
+    piece_ns = round((added.piece_s or 0.0) * 1e9)
     return {
         "profile": row,
         "pieces": profile.layers + 1,
@@ -159,8 +162,8 @@ def _constants(row: int, profile: Profile, cost: CostModel) -> dict[str, int | f
         "layer_bytes": profile.layer_bytes,
         "block_bytes": block_bytes,
         "load_fixed_ns": round(profile.load.fixed_s * 1e9),
-        "load_base_ns": _move_ns(profile.load, profile.base_bytes),
-        "load_layer_ns": _move_ns(profile.load, profile.layer_bytes),
+        "load_base_ns": _move_ns(profile.load, profile.base_bytes) + piece_ns,
+        "load_layer_ns": _move_ns(profile.load, profile.layer_bytes) + piece_ns,
         "stream_fixed_ns": round(profile.stream.fixed_s * 1e9),
         "stream_layer_ns": round(cost.stream_layer_s() * 1e9),
         "save_fixed_ns": round(cost.kv_save_s(0) * 1e9),
@@ -170,6 +173,7 @@ def _constants(row: int, profile: Profile, cost: CostModel) -> dict[str, int | f
         "beside_load": max(0.0, slowed.beside_load - 1),
         "beside_stream": max(0.0, slowed.beside_stream - 1),
         "beside_save": max(0.0, slowed.beside_save - 1),
+        "settle_ns": round((added.settle_s or 0.0) * 1e9),
     }
 
 

@@ -225,9 +225,12 @@ def start_iteration(
     link_bound = s.landed[m] < s.pieces[m]
     decodes = decodes_next(s, m) or not has_prefill(s, r, m)
     tokens = 0
+    added = 0
     if decodes:
-        if s.seg_left[m] == 0 and not settle_batch(s, r, m, decode_tables):
-            return False
+        if s.seg_left[m] == 0:
+            if not settle_batch(s, r, m, decode_tables):
+                return False
+            added = s.settle_ns[m]
         s.decode_due[m] = 0
         duration = step_ns = s.step_ns[m]
     else:
@@ -241,7 +244,7 @@ def start_iteration(
         )
         step_ns = decode_ns(decode_tables[s.profile[m]], s.decode_scale[m], 1, 0)
     if not link_bound:
-        duration = slowed_ns(s, m, duration, step_ns)
+        duration = slowed_ns(s, m, duration, step_ns) + added
     s.gpu_kind = DECODE_STEP if decodes else PREFILL_CHUNK
     s.gpu_model = m
     s.gpu_tokens = tokens

@@ -252,8 +252,10 @@ class ReferenceNode(ReferenceState):
                 return
             if self._would_prefill(model):
                 self._start_prefill_chunk(model)
-            elif model.seg_left > 0 or self._settle(model):
+            elif model.seg_left > 0:
                 self._start_decode_step(model)
+            elif self._settle(model):
+                self._start_decode_step(model, model.settle_ns)
 
     def _start_prefill_chunk(self, model: Model) -> None:
         request = self._to_prefill(model)
@@ -287,13 +289,19 @@ class ReferenceNode(ReferenceState):
         model.seg_left = st.SEGMENT_STEPS
         return True
 
-    def _start_decode_step(self, model: Model) -> None:
+    def _start_decode_step(self, model: Model, added: int = 0) -> None:
         model.decode_due = False
         batch = model.begun_in(st.DECODE)
-        self._start(st.DECODE_STEP, model, batch, len(batch), model.step_ns)
+        self._start(st.DECODE_STEP, model, batch, len(batch), model.step_ns, added)
 
     def _start(
-        self, kind: int, model: Model, batch: list[Request], tokens: int, duration: int
+        self,
+        kind: int,
+        model: Model,
+        batch: list[Request],
+        tokens: int,
+        duration: int,
+        added: int = 0,
     ) -> None:
         link_bound = model.landed < model.pieces
         if not link_bound:
@@ -302,6 +310,7 @@ class ReferenceNode(ReferenceState):
                 table = self.decode_tables[model.profile]
                 step = decode_ns(table, model.decode_scale, 1, 0)
             duration = int(duration + self._slow_share(model) * step + 0.5)
+            duration += added
         end = self.now_ns + duration
         need, layers = model.target, model.pieces - model.target
         self.rr_last = model.index

@@ -74,6 +74,7 @@ class Model:
     beside_load: float  # shares by which a decode step is longer
     beside_stream: float
     beside_save: float
+    settle_ns: int  # by how much the first step of a segment is longer
     decode_scale: float
     prefill_scale: float
     # weights

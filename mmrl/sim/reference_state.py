@@ -23,7 +23,8 @@ MODEL_CONSTANTS = (
     *("profile", "pieces", "base_bytes", "layer_bytes", "block_bytes"),
     *("load_fixed_ns", "load_base_ns", "load_layer_ns", "stream_fixed_ns", "stream_layer_ns"),
     *("save_fixed_ns", "save_block_ns", "restore_fixed_ns", "restore_block_ns"),
-    *("beside_load", "beside_stream", "beside_save", "decode_scale", "prefill_scale"),
+    *("beside_load", "beside_stream", "beside_save", "settle_ns"),
+    *("decode_scale", "prefill_scale"),
 )
 NODE_STATE = (
     *("now_ns", "due_ns", "timer_ns", "done", "host_kv_bytes", "gdsf_clock", "rr_last"),

@@ -14,6 +14,7 @@ from mmrl.deploy.hardware import device_name, gpu_users
 from mmrl.deploy.known import find_profiles, notes_on
 from mmrl.deploy.memory import OutOfDeviceMemory
 from mmrl.deploy.profiler import machine, moving, run
+from mmrl.deploy.profiler.fit import _overhead as overhead_of
 from mmrl.deploy.profiler.fit import fit_stream, fit_transfer
 from mmrl.deploy.profiler.raw import Raw, Section
 from mmrl.deploy.profiler.run import Outcome, Request, profile_models
@@ -116,6 +117,7 @@ def test_a_run_writes_a_platform_and_profiles_that_the_registry_reads(
     assert [p.tokens for p in profile.prefill][-1] <= SHAPE["max_position_embeddings"]
     assert profile.host_layer_s and profile.host_model_s
     assert profile.slowdown is not None and profile.overhead is not None
+    assert None not in (profile.overhead.settle_s, profile.overhead.piece_s)
     assert host_crossing_tokens(CostModel(profile)) is not None
 
 
@@ -327,3 +329,33 @@ def test_fits_recover_what_made_the_times() -> None:
     fixed_s, layers = fit_stream(points, [0.008])
     assert fixed_s == pytest.approx(0.003)
     assert {layer.tokens: layer.time_s for layer in layers} == pytest.approx(layer_s)
+
+
+def test_what_the_loop_adds_is_what_its_times_are_longer_than_the_prices(
+    measured: tuple[Path, ModelConfig, Outcome],
+) -> None:
+    profile = measured[2].profile
+    assert profile is not None
+    costs = CostModel(profile.model_copy(update={"overhead": None}))
+    step_s = costs.decode_s(8, 100)
+    piece = {"what": "piece", "bytes": 10**6}
+    layer_s = 10**6 / profile.load.bytes_per_s
+    points = [
+        {"what": "decode", "batch": 8, "context_tokens": 100, "times_s": [step_s + 0.001] * 3},
+        {"what": "prefill", "tokens": 16, "times_s": [costs.prefill_s(16) + 0.002]},
+        {"what": "save", "bytes": 10**6, "times_s": [costs.kv_save_s(1e6) + 0.002]},
+        {"what": "restore", "bytes": 10**6, "times_s": [costs.kv_restore_s(1e6) + 0.004]},
+    ]
+    raw = SimpleNamespace(points=lambda section: points)
+    added = {"decode_s": 0.001, "prefill_s": 0.002, "kv_s": 0.003}
+    found = overhead_of(raw, costs)  # measured before these were known
+    assert found is not None and (found.settle_s, found.piece_s) == (None, None)
+    assert found.model_dump() == pytest.approx(added, rel=1e-4)
+    points += [
+        {"what": "settle", "times_s": [step_s + 0.001 + 0.005]},
+        piece | {"times_s": [layer_s, layer_s, layer_s + 0.003]},  # few, but they count
+    ]
+    found = overhead_of(raw, costs)
+    assert found is not None
+    added |= {"settle_s": 0.005, "piece_s": 0.001}
+    assert found.model_dump() == pytest.approx(added, rel=1e-4)

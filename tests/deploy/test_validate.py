@@ -53,7 +53,9 @@ def fleet() -> Iterator[Fleet]:
     fleet = fleet_of(checkpoints(), 0.5, verbs="full")
     changes: dict[str, Any] = dict.fromkeys(("load", "stream", "kv_save", "kv_restore"), SLOW)
     changes["slowdown"] = Slowdown(beside_load=1.3, beside_save=1.2, beside_stream=1.1)
-    changes["overhead"] = Overhead(decode_s=2e-4, prefill_s=5e-4, kv_s=3e-4)
+    changes["overhead"] = Overhead(
+        decode_s=2e-4, prefill_s=5e-4, kv_s=3e-4, settle_s=7e-4, piece_s=4e-4
+    )
     node = fleet.engine.node
     here = get_platform("consumer-pcie4")  # not this machine's, which is never quite the same
     node.models = tuple(

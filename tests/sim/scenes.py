@@ -103,6 +103,7 @@ def _draw_models(rng: np.random.Generator, node: Any, count: int) -> tuple[CostT
         node.restore_fixed_ns[m] = rng.integers(1, 2 * MS)
         node.restore_block_ns[m] = rng.random() * MS
         node.beside_load[m], node.beside_stream[m], node.beside_save[m] = rng.uniform(0, 0.3, 3)
+        node.settle_ns[m] = (m + 1) * MS // 4
         node.decode_scale[m], node.prefill_scale[m] = rng.uniform(0.85, 1.15, 2)
         scale = rng.uniform(0.3, 3.0)
         tables.append(

@@ -147,6 +147,15 @@ def test_link_bound_iterations_share_the_link_with_the_load() -> None:
     assert sim.models[0].gpu_busy_ns == 60 * MS
 
 
+def test_the_first_step_of_a_segment_takes_longer() -> None:
+    sim = node_of([(0, 0, 20, 40)], settle_ns=3 * MS)
+    sim.advance()
+    act(sim, 0, "level100")
+    finish(sim)
+    # The prompt ends at 55; the 39 steps after it are segments of 16, 16 and 7.
+    assert times_ms(sim) == [(55.0, 55 + 39 * 10 + 3 * 3)]
+
+
 def test_iterations_take_longer_while_another_model_loads() -> None:
     requests = [(0, 0, 20, 40), (55, 1, 20, 1), (56, 0, 20, 1)]
     sim = node_of(requests, n_models=2, beside_load=0.5, beside_save=0.3)

@@ -10,6 +10,7 @@ import threading
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -709,11 +710,14 @@ def test_time_is_stretched(scenario: str) -> None:
 
 def test_models_are_mapped_by_name(scenario: str) -> None:
     workload = episode_workload(scenario, "dev", 0)
+    third = workload.models.index("llama3.2-3b")
+    asked = workload.requests[workload.requests["model"] != third]
+    workload = replace(workload, requests=asked)
     served = ["qwen2.5-7b", "llama3.2-3b", "second"]
     assert served_names(workload, served, {"qwen2.5-7b#2": "second"}) == {
         "qwen2.5-7b": "qwen2.5-7b",
         "qwen2.5-7b#2": "second",
-    }  # of the third nothing is asked in this episode
+    }  # of the third nothing is asked
     with pytest.raises(InputError, match=r"has no model 'qwen2.5-7b#2'.*--map"):
         served_names(workload, served)
     with pytest.raises(InputError, match=r"unknown model in --map 'qwen'.*did you mean"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 KEY = "MMRL_API_KEY"
 DRAIN_S = 30.0
+SHOWN_REASONS = 3  # why requests failed, the most frequent ones
 
 
 def command(
@@ -220,6 +222,9 @@ def _print_run(run: "Sent", place: Path, console: Console) -> None:
     ends = ", ".join(f"{count:,} {outcome}" for outcome, count in run.outcomes.items() if count)
     tokens = sum(stream.tokens for stream in run.streams)
     console.print(f"\n{len(run.streams):,} requests: {ends}; {tokens:,} tokens")
+    reasons = Counter(stream.reason for stream in run.streams if stream.reason)
+    for reason, count in reasons.most_common(SHOWN_REASONS):
+        console.print(f"{count:,} of them: {escape(reason)}", soft_wrap=True)
     for waits_s, what in ((run.lags_s, "late by"), (run.connecting_s, "connecting took")):
         if len(waits_s):
             middle, most = np.percentile(waits_s, (50, 99)) * 1e3

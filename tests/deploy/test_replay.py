@@ -823,6 +823,7 @@ def test_the_command_sends_a_trace_and_writes_results(trace: Path, tmp_path: Pat
     assert result.exit_code == 0, result.output
     assert [body["model"] for body in server.bodies] == ["steady", "full", "steady"]
     assert "2 done, 1 refused; 7 tokens" in result.output
+    assert "1 of them: 429: " in result.output
     results = Results.read(out)
     assert results.episodes.policy.tolist() == ["live"]
     assert results.episodes.goodput.tolist() == pytest.approx([2 / 3])

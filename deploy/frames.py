@@ -7,6 +7,7 @@ unmapping takes time too.
 """
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class Driver:
         self._call("cuMemSetAccess", address, nbytes, [self._access], 1)
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """Take the memory behind addresses away."""
+        """Take the memory behind addresses away, of one mapping or of several side by side."""
         self._call("cuMemUnmap", address, nbytes)
 
     def _call(self, name: str, *arguments: Any) -> Any:
@@ -117,34 +118,48 @@ class Frames:
         self._used: dict[int, list[tuple[int, Any]]] = {}  # address -> sizes and handles
         self._stale: dict[int, list[tuple[int, Any]]] = {}  # the same, in order of dropping
 
-    def map(self, address: int, nbytes: int) -> None:
-        """Back a part with memory; nothing to do if it is, or if its frames are still there."""
-        if address in self._used:
-            return
-        frames = self._stale.pop(address, None)
-        if frames is not None:
-            if sum(size for size, _ in frames) == nbytes:
-                self._used[address] = frames
-                return
-            self._unmap(address, frames)
-        self.unmap_within(address, nbytes)
-        frames = []
+    def map(self, parts: Iterable[tuple[int, int]]) -> None:
+        """Back parts with memory, all or none; what is, or whose frames are still there, stays.
+
+        Args:
+            parts: First address and bytes of each. Those side by side are opened together, which
+                is what takes most of the time.
+        """
+        missing = [(at, nbytes) for at, nbytes in parts if at not in self._used]
+        kept = [(at, nbytes) for at, nbytes in missing if self._bytes_stale(at) == nbytes]
+        made: list[tuple[int, int]] = []
+        for at, _ in kept:
+            self._used[at] = self._stale.pop(at)
         try:
-            at = address
-            for size in self._cut(nbytes):
-                handle = self._take(size)
-                try:
-                    self.driver.map(at, size, handle)
-                except BaseException:
-                    self._free[size].append(handle)
-                    raise
-                frames.append((size, handle))
-                at += size
-            self.driver.open(address, nbytes)
+            for at, nbytes in missing:
+                if at not in self._used:
+                    self.unmap_within(at, nbytes)
+                    made.append((at, nbytes))
+                    self._back(at, nbytes)
+            for at, nbytes in _side_by_side(made):
+                self.driver.open(at, nbytes)
         except BaseException:
-            self._unmap(address, frames)
+            for at, _ in made:
+                self._unmap(at, self._used.pop(at))
+            for at, _ in kept:
+                self.drop(at)
             raise
-        self._used[address] = frames
+
+    def _back(self, address: int, nbytes: int) -> None:
+        """Map frames behind a part; what there is of them is noted even if one is missing."""
+        frames = self._used[address] = []
+        for size in self._cut(nbytes):
+            handle = self._take(size)
+            try:
+                self.driver.map(address, size, handle)
+            except BaseException:
+                self._free[size].append(handle)
+                raise
+            frames.append((size, handle))
+            address += size
+
+    def _bytes_stale(self, address: int) -> int:
+        return sum(size for size, _ in self._stale.get(address, ()))
 
     def drop(self, address: int) -> None:
         """Let the frames of a part go, if it has any."""
@@ -213,7 +228,18 @@ class Frames:
         self.total_bytes -= size
 
     def _unmap(self, address: int, frames: list[tuple[int, Any]]) -> None:
+        if frames:
+            self.driver.unmap(address, sum(size for size, _ in frames))
         for size, handle in frames:
-            self.driver.unmap(address, size)
             self._free[size].append(handle)
-            address += size
+
+
+def _side_by_side(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join parts, each an address and bytes, where one ends and another begins."""
+    joined: list[tuple[int, int]] = []
+    for at, nbytes in sorted(parts):
+        if joined and sum(joined[-1]) == at:
+            joined[-1] = joined[-1][0], joined[-1][1] + nbytes
+        else:
+            joined.append((at, nbytes))
+    return joined

@@ -12,9 +12,8 @@ makes a new one, so that an iteration in flight keeps what it was given.
 
 import heapq
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +98,7 @@ class KVPool:
         if self.device.type == "cuda":
             # Triton refuses an address without memory behind it, and a pool is passed by its first.
             first = self._units(0)
-            self._commit(first)
+            self._commit([first])
             self._users[first] += 1
             self.slack_bytes += (first.stop - first.start) * self._unit
 
@@ -167,7 +166,7 @@ class KVPool:
                 if not (places and holes and holes[0] < places[0][0]):
                     break
                 try:
-                    self._commit(self._units(holes[0]))
+                    self._commit([self._units(holes[0])])
                 except OutOfDeviceMemory:
                     break
                 continue
@@ -208,20 +207,17 @@ class KVPool:
             raise MmrlError(f"the KV pool has no more than {self.capacity:,} blocks")
         taken = [heapq.heappop(self._free) for _ in range(min(count, len(self._free)))]
         taken += range(self._top, self._top + max(0, missing))
-        done = 0
+        places = [self._units(block) for block in taken]
         try:
-            for block in taken:
-                self._commit(self._units(block))
-                self._users[self._units(block)] += 1
-                done += 1
+            self._commit(places)
         except BaseException:
-            for block in taken[:done]:
-                self._users[self._units(block)] -= 1
             for block in taken:
                 if block < self._top:
                     heapq.heappush(self._free, block)
             self._trim()
             raise
+        for units in places:
+            self._users[units] += 1
         self._top = max(self._top, taken[-1] + 1)
         self.blocks += count
         return np.array(taken, np.int32)
@@ -252,11 +248,15 @@ class KVPool:
         heapq.heapify(self._free)
         self._trim()
 
-    def _commit(self, units: slice) -> None:
-        for unit in range(units.start, units.stop):
-            if not self._committed[unit]:
-                self._range.commit(*self._unit_bytes(unit), whole=True)
-                self._committed[unit] = True
+    def _commit(self, places: Iterable[slice]) -> None:
+        """Put memory behind units; those side by side at once, which is quicker."""
+        wanted = np.zeros_like(self._committed)
+        for units in places:
+            wanted[units] = True
+        for first, count in _runs(np.flatnonzero(wanted & ~self._committed)):
+            start, stop = self._unit_bytes(first)[0], self._unit_bytes(first + count - 1)[1]
+            self._range.commit(start, stop, part=self._unit)
+            self._committed[first : first + count] = True
 
     def _trim(self) -> None:
         """Give back units that no block lies in."""
@@ -401,11 +401,12 @@ _NO_BLOCKS = np.empty(0, np.int32)
 _NO_BLOCKS.flags.writeable = False
 
 
-def _runs(table: Table) -> Iterator[tuple[int, int]]:
-    """Yield (first block, count) of the adjacent blocks of a table, in order."""
-    cuts = np.flatnonzero(np.diff(table) != 1) + 1
-    for start, stop in pairwise([0, *cuts.tolist(), len(table)]):
-        yield int(table[start]), stop - start
+def _runs(numbers: npt.NDArray[np.integer]) -> Iterator[tuple[int, int]]:
+    """Yield (first, count) of adjacent numbers, such as the blocks of a table, in order."""
+    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+    for run in np.split(numbers, cuts):
+        if len(run):
+            yield int(run[0]), len(run)
 
 
 def _paired(

@@ -162,14 +162,16 @@ class VirtualRange(ABC):
         self._taken = bytearray(nbytes // self.granule)  # 1 for each committed granule
         self._parts: dict[int, int] = {}  # start -> stop of each part that is mapped as one
 
-    def commit(self, start: int, stop: int, *, whole: bool = False, later: bool = False) -> None:
+    def commit(
+        self, start: int, stop: int, *, part: int | None = None, later: bool = False
+    ) -> None:
         """Put memory behind the bytes from start to stop; all of it or, on an error, nothing.
 
         Args:
             start: A multiple of the granule.
             stop: A multiple of the granule.
-            whole: Map it as one part: quick, but it can only be decommitted as a whole. Otherwise
-                each granule can be decommitted by itself.
+            part: Bytes of each part, but for the last one; a multiple of the granule. A part can
+                only be decommitted as a whole. Unless given, all of it is one part.
             later: Count it now, and put memory behind it by `materialise` before it is used.
 
         Raises:
@@ -184,16 +186,11 @@ class VirtualRange(ABC):
             if start == stop:
                 return
             self._memory._take(stop - start)
-            cuts = [start, stop] if whole else range(start, stop + 1, self.granule)
-            parts = list(pairwise(cuts))
-            mapped = 0
+            parts = list(pairwise([*range(start, stop, part or stop - start), stop]))
             try:
-                for part in [] if later else parts:
-                    self._map(*part)
-                    mapped += 1
+                if not later:
+                    self._map(parts)
             except BaseException:
-                for part in parts[:mapped]:
-                    self._unmap(*part)
                 self._memory._give(stop - start)
                 self._memory.close()  # others are short of memory too
                 raise
@@ -210,7 +207,7 @@ class VirtualRange(ABC):
         with self._memory._lock:
             if self._parts.get(start) != stop:
                 raise ValueError(f"{start}..{stop} is not a committed part")
-            self._map(start, stop)
+            self._map([(start, stop)])
 
     def decommit(self, start: int, stop: int) -> None:
         """Give the memory behind the bytes from start to stop back. Nothing may use it any more.
@@ -232,11 +229,11 @@ class VirtualRange(ABC):
                     raise ValueError(f"{start}..{stop} is not made of whole committed parts")
                 parts.append((at, end))
                 at = end
-            for part in parts:
-                self._unmap(*part)
-                del self._parts[part[0]]
-                self._mark(*part, taken=False)
-                self._memory._give(part[1] - part[0])
+            for first, end in parts:
+                self._unmap(first, end)
+                del self._parts[first]
+                self._mark(first, end, taken=False)
+                self._memory._give(end - first)
 
     def close(self) -> None:
         """Give everything back, the addresses too. No tensor over them may be used any more."""
@@ -262,8 +259,8 @@ class VirtualRange(ABC):
         self.committed_bytes += stop - start if taken else start - stop
 
     @abstractmethod
-    def _map(self, start: int, stop: int) -> None:
-        """Put memory behind a part; nothing to do where it is there already."""
+    def _map(self, parts: list[tuple[int, int]]) -> None:
+        """Put memory behind parts, all or none; nothing to do where it is there already."""
 
     @abstractmethod
     def _unmap(self, start: int, stop: int) -> None:
@@ -282,7 +279,7 @@ class _CpuRange(VirtualRange):
         super().__init__(memory, nbytes)
         self.tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
 
-    def _map(self, start: int, stop: int) -> None:
+    def _map(self, parts: list[tuple[int, int]]) -> None:
         pass
 
     def _unmap(self, start: int, stop: int) -> None:
@@ -304,7 +301,7 @@ class _CudaRange(VirtualRange):
             # torch asks the driver which device the first address belongs to, and it knows that
             # of mapped memory only. It never asks again.
             with memory._lock:
-                frames.map(self._address, self.granule)
+                frames.map([(self._address, self.granule)])
                 try:
                     interface = _CudaArray(self._address, nbytes)
                     self.tensor = torch.as_tensor(interface, device=memory.device)
@@ -315,17 +312,19 @@ class _CudaRange(VirtualRange):
             driver.free(self._address, nbytes)
             raise
 
-    def _map(self, start: int, stop: int) -> None:
+    def _map(self, parts: list[tuple[int, int]]) -> None:
         memory = self._memory
+        places = [(self._address + start, stop - start) for start, stop in parts]
         try:
             try:
-                self._frames.map(self._address + start, stop - start)
+                self._frames.map(places)
             except DriverOutOfMemory:
                 torch.cuda.empty_cache()  # what torch keeps for later may be what is missing
-                self._frames.map(self._address + start, stop - start)
+                self._frames.map(places)
         except DriverOutOfMemory as error:
+            asked = sum(nbytes for _, nbytes in places)
             raise OutOfDeviceMemory(
-                f"{memory.device} is out of memory: {size_text(stop - start)} asked for while "
+                f"{memory.device} is out of memory: {size_text(asked)} asked for while "
                 f"{size_text(memory.committed_bytes)} of the budget of "
                 f"{size_text(memory.budget_bytes)} were counted",
                 "lower the memory budget, or stop what else uses the device",

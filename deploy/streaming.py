@@ -58,7 +58,7 @@ class StreamSlots:
         self._range: VirtualRange | None = None
         if nbytes:
             self._range = memory.reserve(self.device_bytes)
-            self._range.commit(0, self.device_bytes, whole=True)
+            self._range.commit(0, self.device_bytes)
             self.slots = tuple(_Slot(part) for part in self._range.tensor.chunk(2))
 
     def take_turns(self, count: int) -> int:
@@ -97,7 +97,7 @@ class LinkBoundGate(AbstractContextManager["LinkBoundGate"]):
 
     Used by three threads. The scheduler makes it (`ModelWeights.link_bound`) and may cancel it;
     the thread that computes runs the forward pass inside ``with gate:``; the thread that copies
-    calls `ModelWeights.stream_layer` for each streamed layer and `ModelWeights.copy_piece` for
+    calls `ModelWeights.stream_layer` for each streamed layer and `ModelWeights.start_piece` for
     granted ones. From its making on the slots can be filled; the gate must then be entered, or
     closed.
 

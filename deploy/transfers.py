@@ -162,7 +162,7 @@ class Transfers:
         piece = of.weights.claim_piece(int(min(s.target[m], s.granted[m])) - 1)
         if piece is None:  # it came ahead, for a load that ended early
             return _nothing
-        return functools.partial(of.weights.copy_piece, piece)
+        return functools.partial(of.weights.start_piece, piece)
 
     def _look_ahead(self) -> None:
         """Queue the transfer that surely comes next.

@@ -11,14 +11,22 @@ at its own place.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from mmrl.deploy.memory import DeviceMemory, HostArena, copy_async, wait_for_stream
+from mmrl.deploy.memory import (
+    DeviceMemory,
+    HostArena,
+    OutOfDeviceMemory,
+    copy_async,
+    wait_for_stream,
+)
 from mmrl.deploy.streaming import LinkBoundGate, StreamSlots
+from mmrl.deploy.workers import Launched
 
 if TYPE_CHECKING:
     from mmrl.deploy.decoder import Piece
@@ -145,6 +153,7 @@ class ModelWeights:
         self.granted: frozenset[int] | None = None
         self.landed: frozenset[int] = frozenset()
         self._device = memory.device
+        self._cuda = memory.device.type == "cuda"
         self._slots = slots
         self._gate: LinkBoundGate | None = None
         self._copying: set[int] = set()  # claimed, and not landed yet
@@ -193,7 +202,7 @@ class ModelWeights:
     def claim_piece(self, count: int) -> int | None:
         """Pick the piece to load next if so many layers are to be held; None if none is missing.
 
-        From now on it counts as being copied: `copy_piece` has to follow. The base weights come
+        From now on it counts as being copied: `start_piece` has to follow. The base weights come
         first, then the layers in order of execution: a model that computes while it loads finds
         them in the order in which it needs them.
 
@@ -245,7 +254,7 @@ class ModelWeights:
         taken = []
         try:
             for piece in sorted(added):
-                self._range.commit(*self._bounds(piece), whole=True, later=True)
+                self._range.commit(*self._bounds(piece), later=True)
                 taken.append(piece)
         except BaseException:
             for piece in taken:
@@ -256,10 +265,23 @@ class ModelWeights:
     def copy_piece(self, piece: int) -> None:
         """Copy a granted piece to its place on the current stream, and return when it has landed.
 
-        A link-bound iteration that waits for this layer goes on.
+        Args:
+            piece: 0 for the base weights, 1 + i for layer i.
+
+        Raises:
+            RuntimeError: The piece is not granted.
+        """
+        self.start_piece(piece).wait()
+
+    def start_piece(self, piece: int) -> Launched:
+        """Start to copy a granted piece to its place on the current stream.
 
         Args:
             piece: 0 for the base weights, 1 + i for layer i.
+
+        Returns:
+            What waits until it has landed; to be called. A link-bound iteration that waits for
+            this layer then goes on.
 
         Raises:
             RuntimeError: The piece is not granted.
@@ -271,8 +293,18 @@ class ModelWeights:
         try:
             self._range.materialise(*self._bounds(piece))
             self._start_copy(piece, self._range.tensor[self._starts[piece] :])
+            copied = torch.cuda.current_stream(self._device).record_event() if self._cuda else None
             self._prepare_next()  # while the copy runs
-            wait_for_stream(self._device)
+        except BaseException:
+            with self._slots.condition:
+                self._copying.discard(piece)
+            raise
+        return Launched(functools.partial(self._land, piece, copied))
+
+    def _land(self, piece: int, copied: torch.cuda.Event | None) -> None:
+        try:
+            if copied is not None:
+                copied.synchronize()
             with self._slots.condition:
                 self.landed |= {piece}
                 self._slots.condition.notify_all()
@@ -403,7 +435,8 @@ class ModelWeights:
             here = self.landed | self._copying
             pieces = sorted(self._granted_pieces() - here)
         if pieces:
-            with contextlib.suppress(ValueError):  # given back in the meantime
+            # Given back in the meantime; or the piece itself will say that there is no memory.
+            with contextlib.suppress(ValueError, OutOfDeviceMemory):
                 self._range.materialise(*self._bounds(pieces[0]))
 
     def _granted_pieces(self) -> frozenset[int]:

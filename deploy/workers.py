@@ -30,7 +30,7 @@ class Done:
         result: What the job returned; None where it raised.
         error: What it raised, or None.
         begun_ns: When it began, on the clock of ``time.monotonic_ns``; not before the end
-            of one that was launched before.
+            of the job before.
         ended_ns: When it ended.
         tag: What the job was submitted with.
     """
@@ -125,6 +125,7 @@ class Worker:
         self.name = name
         self._device, self._inbox, self._high_priority = device, inbox, high_priority
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Any] | None] = queue.SimpleQueue()
+        self._ended_ns = 0  # of the last job
         self._launched: queue.SimpleQueue[tuple[Launched, int, Any] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=run, name=name + suffix, daemon=True)
@@ -164,7 +165,6 @@ class Worker:
         self._launched.put(None)
 
     def _end(self) -> None:
-        last = 0
         while (one := self._launched.get()) is not None:
             launched, begun, tag = one
             result, error = None, None
@@ -172,14 +172,14 @@ class Worker:
                 result = launched.wait()
             except Exception as caught:
                 error = caught
-            last = self._report(result, error, max(begun, last), tag)
+            self._report(result, error, begun, tag)
             del one, launched, result, error, tag
 
-    def _report(self, result: Any, error: BaseException | None, begun: int, tag: Any) -> int:
-        """Tell the loop of an end; return when it was."""
-        ended = time.monotonic_ns()
+    def _report(self, result: Any, error: BaseException | None, begun: int, tag: Any) -> None:
+        """Tell the loop of an end."""
+        begun, ended = max(begun, self._ended_ns), time.monotonic_ns()
+        self._ended_ns = ended
         self._inbox.put(Done(self.name, result, error, begun, ended, tag))
-        return ended
 
 
 class Lane(Generic[T]):

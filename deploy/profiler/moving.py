@@ -288,7 +288,7 @@ def _memory_taken_in_turn(subject: Subject) -> Iterator[Callable[[], None]]:
     def take() -> None:
         ends = list(itertools.accumulate(sizes, initial=0))
         for start, stop in itertools.pairwise(ends):
-            spare.commit(start, stop, whole=True)
+            spare.commit(start, stop)
         spare.decommit(0, ends[-1])
 
     memory.set_budget(min(given, memory.committed_bytes + room))

@@ -54,8 +54,8 @@ def test_memory_is_taken_when_committed_and_given_back_when_decommitted(
     assert space.tensor.is_cuda
     assert space.tensor.device == memory.device
     assert before - free() < 64 << 20
-    space.commit(63 * GB, 64 * GB, whole=True)
-    space.commit(0, 512 << 20)
+    space.commit(63 * GB, 64 * GB)
+    space.commit(0, 512 << 20, part=128 << 20)
     space.tensor[63 * GB :].fill_(7)
     space.tensor[: 512 << 20].fill_(5)
     assert (int(space.tensor[-1]), int(space.tensor[0])) == (7, 5)
@@ -89,10 +89,10 @@ def test_the_budget_and_the_device_run_out_separately() -> None:
     with pytest.raises(BudgetExceeded):
         space.commit(0, size)
     size = memory.round_up(2 * total)
-    for whole in (True, False):
+    for part in (None, memory.granule):
         before = free()
         with pytest.raises(OutOfDeviceMemory, match="out of memory") as caught:
-            space.commit(0, size, whole=whole)
+            space.commit(0, size, part=part)
         assert not isinstance(caught.value, BudgetExceeded)
         assert memory.committed_bytes == 0
         assert abs(free() - before) < 64 << 20

@@ -59,7 +59,7 @@ def test_reserved_addresses_cost_nothing_and_stay() -> None:
 def test_the_budget_is_over_all_ranges_and_nothing_is_taken_beyond_it() -> None:
     memory = DeviceMemory(CPU, 5 * G)
     one, two = memory.reserve(4 * G), memory.reserve(4 * G)
-    one.commit(0, 3 * G, whole=True)
+    one.commit(0, 3 * G)
     with pytest.raises(BudgetExceeded, match=r"budget .* free") as caught:
         two.commit(0, 3 * G)
     assert isinstance(caught.value, OutOfDeviceMemory)
@@ -74,7 +74,7 @@ def test_pages_given_back_return_to_the_machine() -> None:
     memory = DeviceMemory(CPU, nbytes)
     space = memory.reserve(nbytes)
     empty = rss()
-    space.commit(0, nbytes)
+    space.commit(0, nbytes, part=nbytes // 2)
     space.tensor.fill_(1)
     assert rss() - empty > 0.9 * nbytes
     space.decommit(0, nbytes // 2)
@@ -98,18 +98,18 @@ def test_any_committed_granules_can_be_given_back_but_a_whole_part_only_as_one(
         stop = data.draw(st.integers(start, granules))
         parts = set(owner[start:stop])
         if data.draw(st.booleans()):
-            whole = data.draw(st.booleans())
+            part = data.draw(st.sampled_from([None, G]))
             if parts - {0}:
                 with pytest.raises(ValueError, match="committed already"):
-                    space.commit(start * G, stop * G, whole=whole)
+                    space.commit(start * G, stop * G, part=part)
             elif sum(map(bool, owner)) + stop - start > budget:
                 with pytest.raises(BudgetExceeded):
-                    space.commit(start * G, stop * G, whole=whole)
+                    space.commit(start * G, stop * G, part=part)
             else:
-                space.commit(start * G, stop * G, whole=whole)
+                space.commit(start * G, stop * G, part=part)
                 # A whole part has one owner, each granule of another its own.
                 owner[start:stop] = [
-                    number if whole else 100 * number + i for i in range(stop - start)
+                    100 * number + i if part else number for i in range(stop - start)
                 ]
         else:
             outside = set(owner[:start]) | set(owner[stop:])
@@ -171,7 +171,9 @@ class FakeDriver:
         self.opened.add((address, nbytes))
 
     def unmap(self, address: int, nbytes: int) -> None:
-        assert self.mapped.pop(address)[0] == nbytes
+        assert self.covers(address, nbytes)
+        for at in [at for at in self.mapped if address <= at < address + nbytes]:
+            del self.mapped[at]
         self.calls += 1
 
     def covers(self, address: int, nbytes: int) -> bool:
@@ -213,10 +215,10 @@ def test_there_is_memory_behind_what_is_committed(cuda: tuple[FakeDriver, Device
     base = base_of(space)
     assert driver.reserved == {base: 50 * g}
     assert space.tensor.shape == (50 * g,)
-    space.commit(0, 39 * g, whole=True)  # frames of 64, 8 and 2 MiB
+    space.commit(0, 39 * g)  # frames of 64, 8 and 2 MiB
     assert driver.covers(base, 39 * g) and (base, 39 * g) in driver.opened
     assert sorted(size // g for size, _ in driver.mapped.values()) == [1, 1, 1, 4, 32]
-    space.commit(40 * g, 45 * g, whole=True, later=True)
+    space.commit(40 * g, 45 * g, later=True)
     assert not driver.covers(base + 40 * g, 5 * g) and memory.committed_bytes == 44 * g
     space.materialise(40 * g, 45 * g)
     assert driver.covers(base + 40 * g, 5 * g)
@@ -234,11 +236,11 @@ def test_what_comes_back_before_anybody_needs_it_is_not_mapped_again(
     driver, memory = cuda
     g = driver.granule
     space = memory.reserve(50 * g)
-    space.commit(0, 40 * g, whole=True)
+    space.commit(0, 40 * g)
     calls = driver.calls
     for _ in range(3):
         space.decommit(0, 40 * g)
-        space.commit(0, 40 * g, whole=True)
+        space.commit(0, 40 * g)
     assert driver.calls == calls and driver.covers(base_of(space), 40 * g)
 
 
@@ -262,7 +264,7 @@ def test_frames_move_and_never_exceed_the_budget(cuda: tuple[FakeDriver, DeviceM
             held.remove(part)
         else:
             try:
-                spaces[k].commit(start * g, stop * g, whole=True)
+                spaces[k].commit(start * g, stop * g)
             except BudgetExceeded:
                 continue
             held.add(part)
@@ -281,14 +283,14 @@ def test_a_device_that_runs_out_below_the_budget_gives_back_what_it_gave(
     driver, memory = cuda
     g = driver.granule
     space = memory.reserve(20 * g)
-    space.commit(0, 2 * g, whole=True)
+    space.commit(0, 2 * g)
     driver.room = 5 * g
     with pytest.raises(OutOfDeviceMemory, match="out of memory") as caught:
-        space.commit(2 * g, 8 * g)
+        space.commit(2 * g, 8 * g, part=g)
     assert not isinstance(caught.value, BudgetExceeded)
     assert caught.value.remedy
     assert memory.committed_bytes == space.committed_bytes == 2 * g
-    space.commit(7 * g, 10 * g)
+    space.commit(7 * g, 10 * g, part=g)
     space.decommit(0, 2 * g)
     assert memory.committed_bytes == 3 * g
 

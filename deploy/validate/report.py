@@ -129,8 +129,8 @@ def lines(found: dict[str, Any]) -> list[tuple[str, ...]]:
                 report["run"],
                 "goodput, closed loop",
                 f"{goodput['live']:.3f}",
-                f"{goodput['closed']:.3f}",
-                points(goodput["difference"]),
+                f"{goodput['mean']:.3f} ± {goodput['sd']:.3f}",
+                points(goodput["apart"]),
                 "2 points",
                 "met" if goodput["met"] else "missed",
             )
@@ -186,7 +186,7 @@ def _verdict(found: dict[str, Any]) -> tuple[str, list[str]]:
     lead = f"The simulator meets {met} of {len(judged)} targets against the live node"
     more = [
         f"Goodput, each deciding for itself: at most "
-        f"{max(abs(goodput['difference']) for goodput in goodputs) * 100:.1f} points apart in "
+        f"{max(abs(goodput['apart']) for goodput in goodputs) * 100:.1f} points apart in "
         f"{len(goodputs)} {'run' if len(goodputs) == 1 else 'runs'}; policies ranked "
         + ("alike." if all(one["same"] for one in found["ranking"]) else "otherwise.")
     ]

@@ -244,6 +244,27 @@ def test_what_comes_back_before_anybody_needs_it_is_not_mapped_again(
     assert driver.calls == calls and driver.covers(base_of(space), 40 * g)
 
 
+def test_parts_side_by_side_are_opened_and_unmapped_at_once(
+    cuda: tuple[FakeDriver, DeviceMemory],
+) -> None:
+    driver, memory = cuda
+    g = driver.granule
+    space, other = memory.reserve(50 * g), memory.reserve(100 * g)
+    base = base_of(space)
+    space.commit(0, 12 * g, part=4 * g)
+    space.decommit(4 * g, 12 * g)
+    calls = driver.calls
+    space.commit(4 * g, 16 * g, part=4 * g)  # two that are still there, and a new one
+    assert driver.opened == {(base, 12 * g), (base + 12 * g, 4 * g), (base, g), (base_of(other), g)}
+    assert driver.calls == calls + 1
+    space.commit(16 * g, 31 * g)  # of four frames
+    space.decommit(16 * g, 31 * g)
+    calls = driver.calls
+    other.commit(0, 84 * g)  # needs them: one call unmaps, 2 frames of 32 and 5 of 4 granules
+    assert driver.calls - calls <= 1 + 7
+    assert driver.covers(base, 16 * g) and not driver.covers(base + 16 * g, g)
+
+
 def test_frames_move_and_never_exceed_the_budget(cuda: tuple[FakeDriver, DeviceMemory]) -> None:
     driver, memory = cuda
     g = driver.granule

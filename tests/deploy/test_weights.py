@@ -210,6 +210,18 @@ def test_pieces_are_claimed_once_and_in_the_order_of_execution(node: Node) -> No
     assert weights.granted == {1, 4, 6}
 
 
+def test_a_piece_has_landed_when_its_copy_was_waited_for(node: Node) -> None:
+    weights = Fixture(llama(4), node.memory, node.slots).weights
+    weights.set_granted({0})
+    begun = [weights.start_piece(piece) for piece in (0, 1)]
+    assert not weights.landed
+    with pytest.raises(RuntimeError, match=r"\[0, 1\] are being copied"):
+        weights.set_granted(None)
+    for launched in begun:
+        launched.wait()
+    assert weights.landed == {0, 1}
+
+
 def test_what_landed_or_is_on_its_way_is_kept_before_empty_places(node: Node) -> None:
     weights = Fixture(llama(8), node.memory, node.slots).weights
     weights.set_granted(weights.choose(6))

@@ -19,7 +19,6 @@ Floats = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
 Allocate = Callable[[str, Shape, type], npt.NDArray[Any]]  # name, shape, type -> zeros
 
-LEAST_SPREAD = 0.5  # of the median: nodes on which nothing happens are not blown up
 LARGEST_ADVANTAGE = 5.0
 
 
@@ -70,7 +69,7 @@ def normalised(advantages: Floats) -> Floats:
         advantages: float32[T, N].
     """
     spread = advantages.std(axis=0)
-    scaled = advantages / (spread + LEAST_SPREAD * np.median(spread) + 1e-8)
+    scaled = advantages / (spread + np.quantile(spread, 0.8) + 1e-8)
     scaled = (scaled - scaled.mean()) / (scaled.std() + 1e-8)
     return np.asarray(scaled.clip(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE), np.float32)
 

@@ -14,6 +14,7 @@ weights that need no files.
 import gc
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -146,9 +147,11 @@ class Rig(AbstractContextManager["Rig"]):
         """
         node = {"device": device, "memory": memory, "host_kv": host_kv}
         names: list[str] = []
+        times: Counter[str] = Counter()
         for path in models:
             name = Path(path).name
-            names.append(name if name not in names else f"{name} ({names.count(name) + 1})")
+            times[name] += 1
+            names.append(name if times[name] == 1 else f"{name} ({times[name]})")
         data = {
             "models": [
                 {"path": path, "name": name} for path, name in zip(models, names, strict=True)

@@ -133,7 +133,7 @@ async def _serve(config: "ServeConfig") -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, None)
     console = Console(highlight=False, soft_wrap=True)
-    console.print("starting the engine (the first time, code is compiled: up to a minute)")
+    console.print("starting the engine (the first time, code is compiled: a minute or two)")
     bars, progress = _bars(console)
     engine = EngineClient(config, progress)
     try:

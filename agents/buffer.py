@@ -3,7 +3,8 @@
 Decisions of a node are milliseconds or many seconds apart, so discount and trace decay go by the
 time between them, not by their count: a step of ``dt`` s has ``gamma = exp(-dt / discount_s)``
 and ``lambda = exp(-dt / trace_s)``, both 1 for decisions at the same instant. An episode that was
-truncated bootstraps with the value of its last observation, discounted the same way.
+truncated bootstraps with the value of its last observation, discounted the same way. Where a load
+takes seconds, what a decision leads to comes later: there time counts slower, by the node's pace.
 """
 
 from collections.abc import Callable, Iterator
@@ -109,6 +110,7 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
     """
 
     dt_s: Floats
+    pace: Floats
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         self.action_masks = self._allocate("action_masks", (*shape, self.mask_dims), np.bool_)
         self.actions = self._allocate("actions", shape, np.int64)
         self.ends = self._allocate("ends", shape, np.bool_)
-        for name in ("rewards", "dt_s", "log_probs"):
+        for name in ("rewards", "dt_s", "pace", "log_probs"):
             setattr(self, name, self._allocate(name, shape, np.float32))
         for name in ("values", "advantages", "returns"):
             setattr(self, name, np.zeros(shape, np.float32))
@@ -150,11 +152,12 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         log_probs: Floats,
         rewards: npt.NDArray[np.floating[Any]],
         dt_s: npt.NDArray[np.floating[Any]],
+        pace: npt.NDArray[np.floating[Any]],
         ends: npt.NDArray[np.bool_],
     ) -> None:
         """Write one step of some nodes: what was seen, legal, done and rewarded, arrays over N.
 
-        Others may write other rows meanwhile.
+        Others may write other rows meanwhile. ``pace``: by which time constants are stretched.
         """
         self.observations[step, rows] = observations
         self.action_masks[step, rows] = action_masks
@@ -162,6 +165,7 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         self.log_probs[step, rows] = log_probs
         self.rewards[step, rows] = rewards
         self.dt_s[step, rows] = dt_s
+        self.pace[step, rows] = pace
         self.ends[step, rows] = ends
 
     def finish(self, values: Floats, last_values: Floats, bootstrap: Floats) -> None:
@@ -176,9 +180,12 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         self.values[:] = values
         following = np.concatenate((values[1:], last_values[None]))
         next_values = np.where(self.ends, bootstrap, following).astype(np.float32)
-        dt_s = self.dt_s if self.elapsed_time else np.full_like(self.dt_s, self.dt_s.mean())
+        rewards: Floats = self.rewards / self.pace  # so that all values are of one size
+        dt_s = self.dt_s / self.pace
+        if not self.elapsed_time:
+            dt_s[:] = dt_s.mean()
         self.advantages[:] = event_time_advantages(
-            self.rewards,
+            rewards,
             values,
             next_values,
             self.ends,

@@ -49,6 +49,7 @@ class TrainConfig(BaseModel):
         discount_s: Time constant of the discount.
         trace_s: Time constant of the trace decay.
         elapsed_time: Discount by elapsed time; else each decision counts as their mean time.
+        paced: Stretch both time constants where the loads of a fleet take long.
         max_grad_norm: Of actor and critic each ...
         clip_apart: ... unless this is off: then of both together.
         critic_first: Iterations in which only the critic learns; unless given, `CRITIC_FIRST`,
@@ -91,6 +92,7 @@ class TrainConfig(BaseModel):
     discount_s: Positive = 15.0
     trace_s: Positive = 6.0
     elapsed_time: bool = True
+    paced: bool = True
     max_grad_norm: Positive = 0.5
     clip_apart: bool = True
     critic_first: Annotated[int, Field(ge=0)] | None = None

@@ -30,6 +30,7 @@ T = TypeVar("T")
 Indices = Any
 Masks = npt.NDArray[np.bool_]
 SMALLEST_PART = 16  # nodes; below that, threads cost more than they bring
+QUICK_LOAD_S = 0.75  # up to which the time constants are as they are: an H200 takes 0.05 to 0.5
 LARGEST_PART = 64  # nodes: enough to pay for a call, and enough parts for many threads
 
 
@@ -50,12 +51,19 @@ class Part:
         layout: Of all parts: as many models, the verb set as large or larger.
         rows: Their places among all nodes.
         without: Verbs that nobody may use.
+        paced: Whether time counts slower where loads take long.
     """
 
     def __init__(
-        self, env: MultiModelServingVecEnv, layout: Layout, rows: slice, without: Sequence[str]
+        self,
+        env: MultiModelServingVecEnv,
+        layout: Layout,
+        rows: slice,
+        without: Sequence[str],
+        paced: bool,
     ) -> None:
         self.env, self.layout, self.rows = env, layout, rows
+        self._paced = paced
         self._places: npt.NDArray[np.int64] | None = None  # of the own actions among all
         if layout.full_verbs and not env.layout.full_verbs:
             models = len(FULL_VERBS) * np.arange(layout.max_models)[:, None]
@@ -84,6 +92,21 @@ class Part:
     def last_reward_terms(self) -> npt.NDArray[np.float64]:
         """Misses and latency of the last step, float64[N, 2]."""
         return self.env.last_reward_terms
+
+    def pace(self) -> npt.NDArray[np.float64]:
+        """Return how much longer than `QUICK_LOAD_S` the loads of each fleet take, at least 1.
+
+        float64[N]; 1 unless paced.
+        """
+        if not self._paced:
+            return np.ones(self.num_envs)
+        s = self.batch.simulator.node_array
+        layers = np.maximum(s["pieces"] - 1, 0)
+        load_ns = s["load_fixed_ns"] + s["load_base_ns"] + layers * s["load_layer_ns"]
+        there = np.arange(load_ns.shape[1]) < s["n_models"][:, None]
+        mean_s = 1e-9 * (load_ns * there).sum(axis=1) / s["n_models"]
+        stretch: npt.NDArray[np.float64] = np.maximum(1.0, mean_s / QUICK_LOAD_S)
+        return stretch
 
     def reset(self) -> Floats:
         """Draw an episode for each node."""
@@ -151,6 +174,7 @@ class NodePlan:
         seed: Of all episodes.
         full_verbs: Whether the layout has the full verbs even if no scenario has them.
         without: Verbs that nobody may use.
+        paced: Whether time counts slower where loads take long.
 
     Raises:
         InputError: There are fewer nodes than scenarios, or no such verb.
@@ -163,6 +187,7 @@ class NodePlan:
     seed: int
     full_verbs: bool = False
     without: Sequence[str] = ()
+    paced: bool = True
 
     def __post_init__(self) -> None:
         if self.num_envs < len(self.scenarios):
@@ -202,7 +227,7 @@ class NodePlan:
             seed=self.seed * 1000 + k,
             stagger=True,
         )
-        return Part(env, layout, rows, self.without)
+        return Part(env, layout, rows, self.without, self.paced)
 
 
 class PlanNodes(VecEnv):

@@ -32,6 +32,9 @@ class Players(Protocol):
     def last_reward_terms(self) -> npt.NDArray[np.float64]:
         """The parts of its rewards, float64[N, 2]."""
 
+    def pace(self) -> npt.NDArray[np.float64]:
+        """Return by which the time constants of each node are stretched, float64[N]."""
+
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, bool[N, A]."""
 
@@ -53,6 +56,10 @@ class Whole:
         """Simulated seconds of the last step, float64[N]."""
         found: npt.NDArray[np.float64] = self._env.get_attr("last_dt_s")[0]
         return found
+
+    def pace(self) -> npt.NDArray[np.float64]:
+        """Return by which the time constants of each node are stretched, float64[N]."""
+        return np.ones(self._env.num_envs)
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, bool[N, A]."""
@@ -113,7 +120,7 @@ def play_part(
     clock = time.perf_counter
     for step in range(steps):
         begun = clock()
-        masks = part.action_masks()
+        masks, pace = part.action_masks(), part.pace()
         seen = clock()
         with th.no_grad():
             drawn, log_probs = actor.sample(th.from_numpy(observations), masks, generator)
@@ -136,6 +143,7 @@ def play_part(
             log_probs.numpy(),
             rewards * reward_scale,
             part.last_dt_s,
+            pace,
             dones,
         )
         observations = following

@@ -154,6 +154,7 @@ def _run(
         config.seed,
         config.all_verbs,
         config.without,
+        config.paced,
     )
     nodes: PlanNodes = (
         NodeProcesses(plan, config.processes)

@@ -42,6 +42,7 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no-future": ("critic without the future", {"privileged": False}),
     "joint-clip": ("gradients of actor and critic clipped together", {"clip_apart": False}),
     "even-discount": ("discount by decision, not by time", {"elapsed_time": False}),
+    "one-pace": ("time counts the same where loads take seconds", {"paced": False}),
     "no-latency": ("reward without the latency term", {"latency_weight": 0.0}),
     "no-miss": ("reward without misses", {"miss_weight": 0.0, "latency_weight": 1.0}),
     "no-jitter": ("costs as profiled", {"jitter": 0.0}),

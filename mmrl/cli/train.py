@@ -74,7 +74,7 @@ def command(
     batch_size, epochs, learning_rate, entropy, clip, discount_s, trace_s,
     max_grad_norm, critic_first, eval_every, eval_episodes, processes (that play
     nodes in place of the threads), device; and to switch
-    parts off: elapsed_time, clip_apart, randomise, jitter, miss_weight,
+    parts off: elapsed_time, paced, clip_apart, randomise, jitter, miss_weight,
     latency_weight, without (verbs, by commas).
     """
     total = number(steps, UNITS, "steps") if steps is not None else None

@@ -60,6 +60,7 @@ def test_even_steps_give_the_advantages_of_stable_baselines() -> None:
             np.zeros(nodes, np.float32),
             rewards,
             np.full(nodes, dt),
+            np.ones(nodes),
             dones[t + 1],
         )
         theirs.add(
@@ -78,9 +79,33 @@ def test_a_truncated_episode_bootstraps_with_the_discounted_value_of_its_last_ob
     for step, (end, dt) in enumerate(((True, 10.0), (False, 0.0))):
         one = np.zeros(1, np.float32)
         masks, actions, ends = np.ones((1, 2), bool), np.zeros(1, int), one + end > 0
-        buffer.store(step, slice(None), one[:, None], masks, actions, one, one, one + dt, ends)
+        told = (masks, actions, one, one, one + dt, one + 1, ends)
+        buffer.store(step, slice(None), one[:, None], *told)
     buffer.finish(column(0, 0), np.array([7], np.float32), column(-6, 0))
     assert buffer.advantages[:, 0] == pytest.approx([-3, 7])
+
+
+def test_on_a_slow_node_everything_takes_longer_and_counts_the_same() -> None:
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(2, 6, 3)).astype(np.float32)
+    found = []
+    for pace in (1.0, 5.0):
+        buffer = EventTimeRolloutBuffer(
+            6,
+            spaces.Box(-1, 1, (1,)),
+            spaces.Discrete(2),
+            "cpu",
+            n_envs=3,
+            discount_s=15,
+            trace_s=6,
+        )
+        for t in range(6):
+            obs, zeros, ones = np.zeros((3, 1), np.float32), np.zeros(3, np.float32), np.ones(3)
+            told = (obs, np.ones((3, 2), bool), np.zeros(3, int), zeros, pace * rewards[t])
+            buffer.store(t, slice(None), *told, 0.7 * pace * ones, pace * ones, ones > 1)
+        buffer.finish(values, values[0], np.zeros((6, 3), np.float32))
+        found.append(buffer.advantages.copy())
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 def test_minibatches_hold_every_decision_once_with_normal_advantages() -> None:
@@ -97,6 +122,7 @@ def test_minibatches_hold_every_decision_once_with_normal_advantages() -> None:
             np.full(5, t % 3),
             marks,
             marks,
+            np.ones(5),
             np.ones(5),
             np.zeros(5, bool),
         )

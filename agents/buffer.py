@@ -180,7 +180,7 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
         self.values[:] = values
         following = np.concatenate((values[1:], last_values[None]))
         next_values = np.where(self.ends, bootstrap, following).astype(np.float32)
-        rewards: Floats = self.rewards / self.pace  # so that all values are of one size
+        rewards = np.divide(self.rewards, self.pace, dtype=np.float32)  # values of one size
         dt_s = self.dt_s / self.pace
         if not self.elapsed_time:
             dt_s[:] = dt_s.mean()

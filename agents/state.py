@@ -3,14 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch as th
 
 from mmrl.agents import runs
-from mmrl.agents.export import ExportedPolicy
+from mmrl.agents.export import FULL, ExportedPolicy, Floats
 from mmrl.agents.nodes import PlanNodes
 from mmrl.agents.ppo import EventTimePPO
 from mmrl.errors import InputError
 from mmrl.files import atomic_write
+from mmrl.node.actions import CORE_VERBS, VERBS
+from mmrl.node.observe import N_GLOBAL
 
 
 def snapshot(model: EventTimePPO, nodes: PlanNodes) -> dict[str, Any]:
@@ -48,18 +51,42 @@ def go_on_from(model: EventTimePPO, policy: ExportedPolicy, place: str) -> None:
     """Start a training with the weights of a policy, and with the critic of its run if it fits.
 
     Args:
-        model: Whose networks they become; of the policy's width, prior and verbs.
+        model: Whose networks they become; of the policy's width and prior, and of its verbs or
+            all.
         policy: Where to go on from.
         place: Its folder; that of a run holds a critic too.
     """
-    weights = {name: th.from_numpy(array.copy()) for name, array in policy.weights.items()}
-    model.policy.actor.load_state_dict(weights)
+    weights = dict(policy.weights)
+    if policy.card.verb_set == "core" and model.policy.actor.layout.full_verbs:
+        weights = _with_all_verbs(weights)
+    tensors = {name: th.from_numpy(array.copy()) for name, array in weights.items()}
+    model.policy.actor.load_state_dict(tensors)
     critic = critic_of(place)
     own = model.policy.critic.state_dict()
     if critic is not None and all(
         name in critic and critic[name].shape == tensor.shape for name, tensor in own.items()
     ):
         model.policy.critic.load_state_dict(critic)
+
+
+def _with_all_verbs(weights: dict[str, Floats]) -> dict[str, Floats]:
+    """Return the weights of a policy with core verbs for all verbs: to new ones it is blind."""
+    found = dict(weights)
+    own = list(CORE_VERBS)
+    for name, axis in (("verbs.weight", 0), ("verbs.bias", 0), ("encoder.extra.weight", 1)):
+        if name in weights:
+            few = np.moveaxis(weights[name], axis, 0)
+            all_verbs = np.zeros((len(VERBS), *few.shape[1:]), np.float32)
+            all_verbs[own] = few
+            found[name] = np.moveaxis(all_verbs, 0, axis)
+    # It never saw this feature change; of the context the node's features are the last ones.
+    for name, column in (
+        ("encoder.node.weight", FULL),
+        ("encoder.context.weight", FULL - N_GLOBAL),
+    ):
+        found[name] = weights[name].copy()
+        found[name][:, column] = 0
+    return found
 
 
 def critic_of(place: str) -> dict[str, th.Tensor] | None:

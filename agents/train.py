@@ -120,11 +120,15 @@ def _prior_rule(config: TrainConfig, scenarios: list[Scenario]) -> Rule | None:
 
 
 def _check_start(config: TrainConfig, start: ExportedPolicy, scenarios: list[Scenario]) -> None:
-    """Refuse to go on from a policy with verbs that the training does not have.
+    """Refuse to go on from a policy that plays none of the training's verb sets, or only the full.
+
+    One with core verbs may learn the others, beside those that it has.
 
     Raises:
         InputError: It has others.
     """
+    if start.card.verb_set == "core" and config.verbs == "both":
+        return
     for scenario in config.played(scenarios):
         if not start.plays(scenario.verbs == "full"):
             raise InputError(

@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 from mmrl.agents import runs
 from mmrl.agents.callback import RunCallback
 from mmrl.agents.config import TrainConfig, build_config
-from mmrl.agents.export import load_policy
+from mmrl.agents.export import FULL, load_policy
 from mmrl.agents.nodes import NodePlan, TrainingNodes
 from mmrl.agents.runner import play
 from mmrl.agents.train import CRITIC_FIRST, read_config, resume, train
 from mmrl.cli.app import app
+from mmrl.envs.layout import Layout
 from mmrl.errors import InputError
 from mmrl.node.actions import VERBS
 from mmrl.node.state import NODE, REQUEST
@@ -227,6 +228,25 @@ def test_training_goes_on_from_a_policy(scenario: str, tmp_path: Path) -> None:
     core = train(small(scenario, tmp_path, steps=512, name="core"))
     with pytest.raises(InputError, match=r"has the verbs 'core'.* has 'full'"):
         train(small(scenario, tmp_path, name="f", start=str(core), verbs="full"))
+
+
+def test_a_policy_with_core_verbs_learns_the_others_and_forgets_nothing(
+    scenario: str, tmp_path: Path
+) -> None:
+    first = train(small(scenario, tmp_path, steps=2048, name="core", critic_first=0))
+    core = load_policy(first / runs.LAST)
+    config = small(scenario, tmp_path, steps=512, name="both", start=str(first / runs.LAST))
+    folder = train(config.model_copy(update={"verbs": "both"}))
+    both = load_policy(folder / runs.STEP0)
+    assert (core.card.verb_set, both.card.verb_set) == ("core", "both")
+    models = get_scenario(scenario).largest_fleet
+    layout = Layout(models, False, True)
+    obs = np.random.default_rng(0).random((32, layout.actor_size), np.float32)
+    obs[:, FULL] = 0
+    assert np.ptp(core.logits(obs)) > 3.5  # more than the bonus of the suggestion
+    np.testing.assert_allclose(both.logits(obs), core.logits(obs), atol=1e-5)
+    sampler = get_scenario(scenario, verbs="full").sampler()
+    assert len(play(both, sampler, [("dev", 0)])) == 1
 
 
 def test_parts_can_be_switched_off(scenario: str, tmp_path: Path) -> None:

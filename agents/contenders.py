@@ -2,8 +2,8 @@
 
 A rule (``slack``, or ``slack@tuned`` with the parameters tuned for the scenario), ``mpc`` or
 ``clairvoyant`` (see ``mmrl.bounds``), the best policy of a run folder (``runs/x``; ``runs/x@step0``
-is the one it started from), or the folder of an exported policy. ``label=...`` in front of a run or
-an export gives it a name.
+is the one it started from), the folder of an exported policy, or ``default``, the one that is
+shipped. ``label=...`` in front of a learned policy gives it a name.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,6 +16,7 @@ from mmrl.errors import InputError, nearest
 from mmrl.rules import get_rule, rule_names
 from mmrl.rules.base import Rule
 from mmrl.rules.registry import tuned_params
+from mmrl.scenarios.registry import get_scenario
 
 CHAMPION = "slack"
 TUNED = "@tuned"
@@ -86,6 +87,22 @@ def _differs(scenario: str) -> bool:
     """Whether the champion tuned for a scenario is another than the champion."""
     params = tuned_params().get(scenario, {}).get(CHAMPION)
     return params is not None and get_rule(CHAMPION, **params) != get_rule(CHAMPION)
+
+
+def everyone(scenarios: Iterable[str]) -> list[str]:
+    """Return who takes part where nobody is named: the shipped policy and all rules.
+
+    Args:
+        scenarios: Names or paths; the shipped policy stays away if it has not the verbs of one.
+
+    Raises:
+        InputError: A scenario is unknown, or the shipped policy cannot be read.
+    """
+    from mmrl.agents.export import load_policy
+
+    shipped = load_policy(SHIPPED)
+    suits = all(shipped.plays(get_scenario(name).verbs == "full") for name in scenarios)
+    return [SHIPPED, *rule_names()] if suits else rule_names()
 
 
 def resolve(names: Sequence[str], scenarios: Iterable[str]) -> list[Contender]:

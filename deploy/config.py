@@ -64,8 +64,9 @@ class NodeConfig(_Strict):
         memory: Device memory for everything: weights, KV cache, workspace; all that is usable
             (on a CPU: half of what is available) unless given.
         host_kv: Host memory for the KV cache of suspended sequences.
-        policy: A rule's name, or the folder of a trained policy.
-        verbs: ``core`` or ``full``; the trained policy's, or full.
+        policy: ``default`` for the policy that is shipped, a rule's name, or the folder of a
+            trained policy.
+        verbs: ``core`` or ``full``; full unless given, but for a policy that knows core alone.
         targets: Latency targets of all models that have none of their own.
         dispatch: Who gets the device next: ``rr``, ``edf`` or ``las``; a policy that was made with
             one brings its own.
@@ -78,7 +79,7 @@ class NodeConfig(_Strict):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     memory: ByteSize | None = None
     host_kv: ByteSize = ByteSize(4 * 10**9)
-    policy: str = "slack"
+    policy: str = "default"
     verbs: Literal["core", "full"] | None = None
     targets: Targets = Targets.model_validate("chat")
     dispatch: Literal["rr", "edf", "las"] = "rr"

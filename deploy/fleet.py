@@ -398,23 +398,27 @@ def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> No
 
 
 def find_policy(name: str, field: str = "node.policy") -> ExportedPolicy | Rule:
-    """Return the policy of a name: a rule's, or the folder of a trained one.
+    """Return the policy of a name: the shipped one's, a rule's, or the folder of a trained one.
 
     Args:
         name: What was asked for.
         field: Where it was, for the error.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or it cannot be read.
     """
     if name in rule_names():
         return get_rule(name)
     if name != DEFAULT and not Path(name).exists():
         raise InputError(
             f"{field}: '{name}' is neither a rule nor the folder of a trained policy",
-            f"rules: {', '.join(rule_names())}",
+            f"rules: {', '.join(rule_names())}; {DEFAULT} is the shipped policy",
         )
-    return load_policy(name)
+    try:
+        return load_policy(name)
+    except InputError as error:
+        remedies = filter(None, (error.remedy, "name a rule, such as slack"))
+        raise InputError(f"{field}: {error.message}", ", or ".join(remedies)) from error
 
 
 def _full_verbs(config: ServeConfig, policy: ExportedPolicy | Rule) -> bool:

@@ -101,6 +101,8 @@ def test_the_wheel_holds_every_file_of_the_package_once(wheel: Path) -> None:
     assert held == Counter(f"mmrl/{file.as_posix()}" for file in package_files())
     assert {f"mmrl/{room}/__init__.py" for room in ROOMS} <= set(held)
     assert "mmrl/py.typed" in held
+    shipped = {f"mmrl/agents/data/default/policy.{kind}" for kind in ("json", "safetensors")}
+    assert shipped <= set(held)
 
 
 def test_the_wheel_runs_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:

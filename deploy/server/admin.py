@@ -54,7 +54,7 @@ def routes(engine: Engine, live: Live) -> APIRouter:
 
     @router.post("/policy/{policy:path}", responses=failures(401, 403, 409, 500, 503))
     async def change_policy(policy: str) -> dict[str, Any]:
-        """Let another policy decide: a rule's name, or the folder of a trained one."""
+        """Let another policy decide: default, a rule's name, or the folder of a trained one."""
         return await command("policy", policy)
 
     @router.post(

@@ -41,9 +41,9 @@ def command(
     policies: Annotated[
         str,
         typer.Option(
-            help="Rules, mpc, clairvoyant, run folders (runs/x, runs/x@step0) and exported "
-            "policies, by commas; "
-            "all rules unless given."
+            help="Rules, mpc, clairvoyant, run folders (runs/x, runs/x@step0), exported policies "
+            "and default, the shipped one, by commas; "
+            "all rules and the shipped policy unless given."
         ),
     ] = "",
     scenarios: Annotated[
@@ -85,29 +85,30 @@ def command(
     if suite or verify is not None:
         fixed = {"--scenarios": scenarios, "--loads": loads, "--split": split.replace("test", "")}
         _check_suite(suite, verify, cells, fixed)
+        from mmrl.agents.contenders import SHIPPED
         from mmrl.cli import suite as benchmark
 
         if verify is not None:
             benchmark.verify(verify, trace or [], episodes, seed or None, workers)
             return
         place = out or Path("runs") / f"suite-{datetime.now():%Y%m%d-%H%M%S}"
-        benchmark.run(
-            suite, _names(policies), place, _names(cells), trace or [], episodes, workers, seed
-        )
+        played_by = _names(policies) or [SHIPPED]  # and by all rules, as none is named
+        benchmark.run(suite, played_by, place, _names(cells), trace or [], episodes, workers, seed)
         return
     if cells:
         raise InputError("--cells belongs to a benchmark", "add --suite v1")
+    from mmrl.agents.contenders import everyone
     from mmrl.agents.evaluate import evaluate
     from mmrl.agents.results import check_place
-    from mmrl.rules import rule_names
 
     console = Console(highlight=False)
     place = out or _default_place(_names(policies))
     check_place(place)
+    played = _names(scenarios) or ["demo"]
     with progress(console) as watch:
         results = evaluate(
-            _names(policies) or rule_names(),
-            _names(scenarios) or ["demo"],
+            _names(policies) or everyone(played),
+            played,
             traces=trace or (),
             loads=[_load(text) for text in _names(loads) or ["1"]],
             episodes=episodes or 100,

@@ -36,7 +36,10 @@ def command(
     ],
     policy: Annotated[
         str | None,
-        typer.Option(help="Who decides: a rule's name, or the folder of a trained policy."),
+        typer.Option(
+            help="Who decides: a rule's name, or the folder of a trained policy; "
+            "the shipped policy unless given."
+        ),
     ] = None,
     memory: Annotated[
         str | None,

@@ -7,13 +7,15 @@ import os
 import pandas as pd
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from mmrl.agents.contenders import resolve
+from mmrl.agents.contenders import everyone, resolve
 from mmrl.agents.evaluate import evaluate
 from mmrl.agents.results import Results
+from mmrl.cli.app import app
 from mmrl.cli.evaluate import print_results
 from mmrl.errors import InputError, MmrlError
-from mmrl.rules import get_rule
+from mmrl.rules import get_rule, rule_names
 from mmrl.stats import bootstrap
 from tests.agents.made_up import make_policy, make_run, make_scenario
 
@@ -179,6 +181,23 @@ def test_who_knows_the_future_takes_part_but_is_no_rule(tiny):
     assert mpc.kind == "rule" and mpc.planner_for("fast").base == get_rule(
         "slack", tuned_for="fast"
     )
+
+
+def test_the_shipped_policy_and_all_rules_take_part_where_nobody_is_named(tiny, tmp_path):
+    options = ["--episodes", "2", "--record", "0", "--workers", "1"]
+    out = tmp_path / "out"
+    called = CliRunner().invoke(
+        app, ["evaluate", "--scenarios", tiny, *options, "--out", str(out)], catch_exceptions=False
+    )
+    assert called.exit_code == 0, called.output
+    kinds = {p["name"]: p["kind"] for p in Results.read(out).summary["policies"]}
+    assert kinds == {"default": "learned", **dict.fromkeys(rule_names(), "rule")}
+
+
+def test_the_shipped_policy_stays_away_from_verbs_that_it_does_not_know(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmrl.agents.export.DEFAULT_FOLDER", make_policy(tmp_path / "core", 0.1))
+    assert everyone(["demo"]) == ["default", *rule_names()]
+    assert everyone(["demo", "oversized"]) == rule_names()
 
 
 def test_names_of_learned_policies(run, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import pandas as pd
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from mmrl.agents import suite_run
 from mmrl.agents.suite import EPISODES, RESULT, evaluate_suite, read
@@ -14,6 +15,7 @@ from mmrl.agents.suite_freeze import freeze
 from mmrl.agents.suite_policies import entries
 from mmrl.agents.suite_results import rows_of
 from mmrl.agents.suite_verify import verify
+from mmrl.cli.app import app
 from mmrl.cli.suite import print_result
 from mmrl.errors import InputError
 from mmrl.files import write_json
@@ -283,6 +285,17 @@ def test_wrong_places_and_cells_are_told(folder, result, tmp_path):
         evaluate_suite(folder / "tiny.toml", [], tmp_path / "new", cells=["slow-*"])
     with pytest.raises(InputError, match="cannot read"):
         get_suite(tmp_path / "none.toml")
+
+
+def test_the_shipped_policy_and_all_rules_play_where_nobody_is_named(folder, result):
+    out = folder / "out" / "unnamed"  # beside the first, whose rules are not played again
+    arguments = ["--suite", str(folder / "tiny.toml"), "--out", str(out), "--workers", "1"]
+    called = CliRunner().invoke(app, ["evaluate", *arguments], catch_exceptions=False)
+    assert called.exit_code == 0, called.output
+    names = {row["policy"] for row in rows_of(read(out / RESULT)["policies"])}
+    mine = {"mine seed 0", "mine seed 1"}
+    assert names == {row["policy"] for row in rows_of(result["policies"])} - mine | {"default"}
+    assert verify(out / RESULT, sample=4).passed
 
 
 def test_the_shipped_suite_is_whole_and_as_frozen():

@@ -223,8 +223,10 @@ def test_training_goes_on_from_a_policy(scenario: str, tmp_path: Path) -> None:
         moved = any(not np.array_equal(ended.weights[n], w) for n, w in begun.weights.items())
         assert moved == (start == first)  # else only the critic learns at first
         resume(folder, steps=1536)
-    with pytest.raises(InputError, match="no default policy is shipped"):
-        train(small(scenario, tmp_path, steps=512, name="d", start="default"))
+    shipped = load_policy("default")
+    folder = train(small(scenario, tmp_path, steps=512, name="d", start="default"))
+    begun = load_policy(folder / runs.STEP0)
+    assert all(np.array_equal(begun.weights[n], w) for n, w in shipped.weights.items())
     core = train(small(scenario, tmp_path, steps=512, name="core"))
     with pytest.raises(InputError, match=r"has the verbs 'core'.* has 'full'"):
         train(small(scenario, tmp_path, name="f", start=str(core), verbs="full"))

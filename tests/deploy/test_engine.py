@@ -75,7 +75,13 @@ def fleet_of(models: list[Checkpoint], memory: float, clock: Any = None, **node:
     config = probe.model_copy(
         update={
             "node": probe.node.model_copy(
-                update={"device": "cpu", "memory": budget, "host_kv": 2**20, **node}
+                update={
+                    "device": "cpu",
+                    "memory": budget,
+                    "host_kv": 2**20,
+                    "policy": "slack",  # the simulator's side of a comparison is this rule
+                    **node,
+                }
             )
         }
     )

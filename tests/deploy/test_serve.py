@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from mmrl.cli.app import app
 from mmrl.deploy.adapter import FALLBACKS
 from mmrl.deploy.config import build_config
-from mmrl.deploy.fleet import Fleet, open_fleet
+from mmrl.deploy.fleet import Fleet, find_policy, open_fleet
 from mmrl.deploy.testbed import create
 from mmrl.errors import InputError, MmrlError
 
@@ -71,8 +71,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     for name, model in MODELS.items():
         create(model, folder, name=name)
         lines.append(f'[[models]]\npath = "{name}"')
-    # Room for two of the three models beside what is reserved.
+    # Room for two of the three models beside what is reserved; time to think on a busy machine.
     lines.append('[node]\ndevice = "cpu"\nmemory = "146MB"\nhost_kv = "16MB"')
+    lines.append("decision_deadline = 10")
     lines.append("[server]\nport = 0\ndrain_timeout = 20")
     config = folder / "node.toml"
     config.write_text("\n".join(lines))
@@ -102,6 +103,7 @@ def test_all_models_answer_on_a_device_that_does_not_hold_them(served: Served) -
         answers[name] = answer.choices[0].message.content
     state = served.state()
     assert {model["name"] for model in state["models"]} == set(MODELS)
+    assert state["policy"] == "default"  # the shipped one, as no other is named
     for name in MODELS:  # the same seed, after the others had the device
         chunks = served.client.chat.completions.create(
             model=name,
@@ -283,6 +285,36 @@ def test_a_fleet_that_cannot_be_served_is_refused_with_a_remedy(tmp_path: Path) 
         with pytest.raises(InputError, match=re.escape(words)) as caught:
             open_fleet(config)
         assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "full_verbs"),
+    [
+        ({}, "default", True),
+        ({"verbs": "core"}, "default", False),
+        ({"policy": "lru"}, "lru", True),
+    ],
+)
+def test_the_shipped_policy_decides_unless_another_is_named(
+    node: dict[str, str], name: str, full_verbs: bool, tmp_path: Path
+) -> None:
+    path = str(create("llama-tiny", tmp_path, name="a"))
+    node = {"device": "cpu", "memory": "160MB", "host_kv": "1MB", **node}
+    fleet = open_fleet(build_config({"models": [path], "node": node}, "test"))
+    assert fleet.engine.adapter.name == name
+    assert fleet.engine.node.state.full_verbs == full_verbs
+    fleet.engine.close()
+    fleet.close()
+
+
+def test_a_policy_that_cannot_be_read_is_refused_by_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"^node\.policy: cannot read .*or name a rule"):
+        find_policy(str(tmp_path))
+    monkeypatch.setattr("mmrl.agents.export.DEFAULT_FOLDER", tmp_path)
+    with pytest.raises(InputError, match=r"^node\.policy: no default policy .*or name a rule"):
+        find_policy("default")
 
 
 def test_a_model_larger_than_host_memory_is_refused_before_it_is_read(

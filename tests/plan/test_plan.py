@@ -175,6 +175,8 @@ def test_the_command_line(quick: None, tmp_path: Path) -> None:
     text = run(SMALL, "--platform", "consumer-pcie4", "--policy", "lru", "--out", str(out))
     assert "lru carries" in text.replace("\n", " ")
     assert (out / "index.html").exists()
+    text = run(SMALL, "--platform", "consumer-pcie4", "--out", str(out))
+    assert "the shipped policy carries" in text.replace("\n", " ")
     with pytest.raises(InputError, match="unknown model"):
         run("gpt", "--out", str(out))
     with pytest.raises(InputError, match="unknown rule"):

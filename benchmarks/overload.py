@@ -23,7 +23,7 @@ import psutil
 from mmrl.deploy.testbed import create
 
 CLIENTS, CLOSED_S, OPEN_S, FACTOR = 16, 20.0, 60.0, 4
-OPTIONS = ("--port", "0", "--device", "cpu", "--memory", "500MB")
+OPTIONS = ("--port", "0", "--device", "cpu", "--memory", "500MB", "--policy", "slack")
 BODY = {"prompt": [20] * 32, "max_tokens": 8, "ignore_eos": True}
 
 

@@ -20,6 +20,7 @@ Floats = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
 Allocate = Callable[[str, Shape, type], npt.NDArray[Any]]  # name, shape, type -> zeros
 
+BUSY = 0.8  # quantile of the nodes' spreads: nodes with much less than that are not blown up
 LARGEST_ADVANTAGE = 5.0
 
 
@@ -70,7 +71,7 @@ def normalised(advantages: Floats) -> Floats:
         advantages: float32[T, N].
     """
     spread = advantages.std(axis=0)
-    scaled = advantages / (spread + np.quantile(spread, 0.8) + 1e-8)
+    scaled = advantages / (spread + np.quantile(spread, BUSY) + 1e-8)
     scaled = (scaled - scaled.mean()) / (scaled.std() + 1e-8)
     return np.asarray(scaled.clip(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE), np.float32)
 

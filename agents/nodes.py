@@ -30,8 +30,8 @@ T = TypeVar("T")
 Indices = Any
 Masks = npt.NDArray[np.bool_]
 SMALLEST_PART = 16  # nodes; below that, threads cost more than they bring
-QUICK_LOAD_S = 0.75  # up to which the time constants are as they are: an H200 takes 0.05 to 0.5
 LARGEST_PART = 64  # nodes: enough to pay for a call, and enough parts for many threads
+QUICK_LOAD_S = 0.75  # up to which the time constants are as they are: an H200 takes 0.05 to 0.5
 
 
 class Played(NamedTuple):

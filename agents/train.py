@@ -120,9 +120,9 @@ def _prior_rule(config: TrainConfig, scenarios: list[Scenario]) -> Rule | None:
 
 
 def _check_start(config: TrainConfig, start: ExportedPolicy, scenarios: list[Scenario]) -> None:
-    """Refuse to go on from a policy that plays none of the training's verb sets, or only the full.
+    """Refuse to go on from a policy that does not know a verb set of the training.
 
-    One with core verbs may learn the others, beside those that it has.
+    But one with core verbs may learn the others beside them: ``verbs`` is both.
 
     Raises:
         InputError: It has others.

@@ -153,7 +153,6 @@ class ModelWeights:
         self.granted: frozenset[int] | None = None
         self.landed: frozenset[int] = frozenset()
         self._device = memory.device
-        self._cuda = memory.device.type == "cuda"
         self._slots = slots
         self._gate: LinkBoundGate | None = None
         self._copying: set[int] = set()  # claimed, and not landed yet
@@ -293,7 +292,9 @@ class ModelWeights:
         try:
             self._range.materialise(*self._bounds(piece))
             self._start_copy(piece, self._range.tensor[self._starts[piece] :])
-            copied = torch.cuda.current_stream(self._device).record_event() if self._cuda else None
+            copied = None
+            if self._device.type == "cuda":
+                copied = torch.cuda.current_stream(self._device).record_event()
             self._prepare_next()  # while the copy runs
         except BaseException:
             with self._slots.condition:

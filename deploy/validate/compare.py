@@ -154,7 +154,8 @@ def compare(recording: Recording, folder: Path) -> Compared:
     by_model = {recording.models[m]: _rows(live, forced, m) + _step_rows(steps, m) for m in models}
     goodputs = {"live": _goodput(live), "forced": _goodput(forced), "closed": _goodput(closed)}
     plays = [goodputs["closed"], *map(_goodput, others)]
-    apart = float(np.mean(plays)) - goodputs["live"]
+    mean = float(np.mean(plays))
+    apart = mean - goodputs["live"]
     header = recording.header
     report = {
         "run": recording.name,
@@ -166,7 +167,7 @@ def compare(recording: Recording, folder: Path) -> Compared:
         "goodput": goodputs
         | {
             "difference": goodputs["closed"] - goodputs["live"],
-            "mean": float(np.mean(plays)),
+            "mean": mean,
             "sd": float(np.std(plays, ddof=1)),
             "apart": apart,
             "met": bool(abs(apart) <= GOODPUT_TARGET + 1e-9),

@@ -20,8 +20,8 @@ Floats = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
 Allocate = Callable[[str, Shape, type], npt.NDArray[Any]]  # name, shape, type -> zeros
 
-BUSY = 0.8  # quantile of the nodes' spreads: nodes with much less than that are not blown up
-LARGEST_ADVANTAGE = 5.0
+STAKE = 0.05  # value, half a miss at PPO's scale, below which nodes are not blown up
+LARGEST_ADVANTAGE = 20.0  # few are larger; cutting more would hide what disasters cost
 
 
 def event_time_advantages(
@@ -60,18 +60,20 @@ def event_time_advantages(
     return advantages
 
 
-def normalised(advantages: Floats) -> Floats:
-    """Return advantages with mean 0 and spread 1, of which no node has more than its share.
+def normalised(advantages: Floats, values: Floats) -> Floats:
+    """Return advantages with mean 0 and spread 1, relative to what is at stake.
 
-    One overloaded node loses more requests in a second than a quiet one in an episode: without
-    scaling each node by its own spread, a tenth of the nodes would make most of the gradient. A
-    positive factor per node keeps the sign of every advantage, and so what is better in a state.
+    One overloaded node loses more requests in a second than a quiet one in an episode, and would
+    make most of the gradient: each advantage is divided by the misses that are expected from its
+    state on, which is what the value says. The divisor may not depend on what then happens. A
+    node's own spread over the rollout does: it is large where a decision turned out badly, and
+    dividing by it makes rare disasters look small and risks worth taking.
 
     Args:
         advantages: float32[T, N].
+        values: float32[T, N], of the observations; rewards are negative, and so are they.
     """
-    spread = advantages.std(axis=0)
-    scaled = advantages / (spread + np.quantile(spread, BUSY) + 1e-8)
+    scaled = advantages / (STAKE + np.maximum(-values, 0))
     scaled = (scaled - scaled.mean()) / (scaled.std() + 1e-8)
     return np.asarray(scaled.clip(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE), np.float32)
 
@@ -210,7 +212,7 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
             self.flat("actions"),
             self.flat("action_masks"),
             self.flat("log_probs"),
-            th.from_numpy(normalised(self.advantages).reshape(-1)),
+            th.from_numpy(normalised(self.advantages, self.values).reshape(-1)),
             self.flat("returns"),
         )
 

@@ -44,7 +44,8 @@ class TrainConfig(BaseModel):
         batch_size: Decisions of a gradient step.
         epochs: Passes over a rollout.
         learning_rate: At the start; goes to 0 linearly.
-        entropy: Weight of the entropy bonus at the start; goes to 0 linearly.
+        kl: Weight of the divergence from the rule: what a deviation must gain to be learned.
+            Without a prior it is that of an entropy bonus.
         clip: PPO's clip range.
         discount_s: Time constant of the discount.
         trace_s: Time constant of the trace decay.
@@ -82,15 +83,15 @@ class TrainConfig(BaseModel):
     beta: float | None = None
     privileged: bool = True
     width: Count = 32
-    envs: Count = 256
-    rollout_steps: Count = 64
+    envs: Count = 128
+    rollout_steps: Count = 128
     batch_size: Count = 2048
     epochs: Count = 2
     learning_rate: Positive = 4e-3
-    entropy: NotNegative = 0.001
+    kl: NotNegative = 0.015
     clip: Positive = 0.2
     discount_s: Positive = 15.0
-    trace_s: Positive = 6.0
+    trace_s: Positive = 15.0
     elapsed_time: bool = True
     paced: bool = True
     max_grad_norm: Positive = 0.5

@@ -76,6 +76,8 @@ class Encoder(nn.Module):
 class Actor(nn.Module):
     """Logits of all actions from an observation, not masked."""
 
+    first_beta: th.Tensor
+
     def __init__(self, layout: Layout, width: int, beta: tuple[float, float]) -> None:
         super().__init__()
         self.layout = layout
@@ -85,6 +87,7 @@ class Actor(nn.Module):
         self.verbs = nn.Linear(width, len(layout.verbs))
         self.wait = nn.Linear(width, 1)
         self.beta = nn.Parameter(th.tensor(beta)) if layout.suggestion else None
+        self.register_buffer("first_beta", th.tensor(beta), persistent=False)
 
     def forward(self, obs: th.Tensor) -> th.Tensor:
         """Return logits [B, A]."""
@@ -107,6 +110,23 @@ class Actor(nn.Module):
             legal = th.as_tensor(masks, dtype=th.bool).reshape(logits.shape)
             logits = logits.masked_fill(~legal, IMPOSSIBLE)
         return F.log_softmax(logits, dim=1)
+
+    def divergence(self, obs: th.Tensor, log_probs: th.Tensor) -> th.Tensor:
+        """Return how far decisions are from the rule, [B].
+
+        It is KL(policy || rule), less a constant of the state: what the rule does is its suggestion
+        with the weight of the first ``beta``. Without a suggestion it is the negative entropy.
+
+        Args:
+            obs: [B, D].
+            log_probs: [B, A], those of `log_probs` there.
+        """
+        probs = log_probs.exp()
+        found = (probs * log_probs).sum(1)
+        if self.beta is not None:
+            suggestion = obs[:, self.layout.public_size : self.layout.actor_size]
+            found = found - self.first_beta[obs[:, FULL].long()] * (probs * suggestion).sum(1)
+        return found
 
     def sample(
         self, obs: th.Tensor, masks: Mask | None = None, generator: th.Generator | None = None

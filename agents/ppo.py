@@ -1,8 +1,10 @@
 """`EventTimePPO`: maskable PPO for decisions that lie unevenly in time, lean enough for two cores.
 
-It differs from `MaskablePPO` in three ways. Discount and trace decay go by elapsed time (see
+It differs from `MaskablePPO` in four ways. Discount and trace decay go by elapsed time (see
 `EventTimeRolloutBuffer`), truncation included. Actor and critic have their gradients clipped apart,
-so that a large value loss cannot freeze the policy. And it spends its time well: each part of the
+so that a large value loss cannot freeze the policy. Where the policy is a residual on a rule, it is
+not its entropy that is rewarded but its nearness to the rule (`Actor.divergence`): where nothing is
+to be gained, noise would lead away from it. And it spends its time well: each part of the
 environment plays its rollout on a thread of its own, simulation and policy in turn, and waits for
 no other; meanwhile only the actor runs, the critic sees the whole rollout at once; minibatches are
 large, and are worked through in chunks that stay in the processor's cache, on one thread or
@@ -265,23 +267,23 @@ class EventTimePPO(MaskablePPO):
         self, chunk: Samples, parameters: list[th.nn.Parameter]
     ) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
         """Return the gradients of the loss summed over a chunk, and the sums of `STATISTICS`."""
-        values, log_prob, entropy = self.policy.evaluate_actions(
-            chunk.observations, chunk.actions, chunk.action_masks
-        )
+        log_probs = self.policy.log_probs(chunk.observations, chunk.action_masks)
+        log_prob = log_probs.gather(1, chunk.actions.unsqueeze(1)).squeeze(1)
         log_ratio = log_prob - chunk.old_log_prob
         ratio = log_ratio.exp()
         clip = self._clip_range()
         clipped = ratio.clamp(1 - clip, 1 + clip)
         policy_loss = -th.min(chunk.advantages * ratio, chunk.advantages * clipped).sum()
+        divergence = self.policy.actor.divergence(chunk.observations, log_probs).sum()
+        values = self.policy.predict_values(chunk.observations)
         value_loss = F.mse_loss(values.flatten(), chunk.returns, reduction="sum")
-        entropy_loss = -entropy.sum()
         acting = float(self._n_updates >= self.critic_first * self.n_epochs)
-        bonus = self.ent_coef * self._current_progress_remaining * entropy_loss
-        loss = acting * (policy_loss + bonus) + self.vf_coef * value_loss
+        loss = acting * (policy_loss + self.ent_coef * divergence) + self.vf_coef * value_loss
         gradients = th.autograd.grad(loss, parameters)
         with th.no_grad():
             kl = (ratio - 1 - log_ratio).sum()  # Schulman's estimate of the KL divergence
             outside = ((ratio - 1).abs() > clip).float().sum()
+            entropy_loss = (log_probs.exp() * log_probs).sum()
             found = th.stack((policy_loss, value_loss, entropy_loss, kl, outside))
         return gradients, found
 

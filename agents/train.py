@@ -182,7 +182,7 @@ def _run(
             batch_size=config.batch_size,
             n_epochs=config.epochs,
             clip_range=config.clip,
-            ent_coef=config.entropy,
+            ent_coef=config.kl,
             max_grad_norm=config.max_grad_norm,
             stats_window_size=config.envs,
             seed=config.seed,

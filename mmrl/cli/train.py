@@ -55,7 +55,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any other setting, see below: --set entropy=0.005"),
+        typer.Option("--set", help="Any other setting, see below: --set kl=0.05"),
     ] = None,
 ) -> None:
     r"""Train a PPO scheduler on scenarios.
@@ -71,7 +71,7 @@ def command(
       mmrl train --resume runs/fast-s0 --steps 4M
 
     Settings for --set: prior (the name of a rule), beta, width, rollout_steps,
-    batch_size, epochs, learning_rate, entropy, clip, discount_s, trace_s,
+    batch_size, epochs, learning_rate, kl, clip, discount_s, trace_s,
     max_grad_norm, critic_first, eval_every, eval_episodes, processes (that play
     nodes in place of the threads), device; and to switch
     parts off: elapsed_time, paced, clip_apart, randomise, jitter, miss_weight,

@@ -150,10 +150,21 @@ def test_no_node_has_more_than_its_share_of_the_advantages() -> None:
     rng = np.random.default_rng(0)
     advantages = rng.normal(size=(64, 20)).astype(np.float32)
     wild = advantages * np.where(np.arange(20) == 7, 1000, 1).astype(np.float32)
-    scaled = normalised(wild)
+    values = np.where(np.arange(20) == 7, -1000, -1) * np.ones_like(wild)
+    scaled = normalised(wild, values)
     squares = (scaled**2).sum(axis=0)
     assert (wild[:, 7] ** 2).sum() > 0.99 * (wild**2).sum()
     assert squares[7] < 0.3 * squares.sum()
     order = np.argsort(wild, axis=0)
     assert (np.diff(np.take_along_axis(scaled, order, axis=0), axis=0) >= 0).all()
-    assert np.allclose(normalised(np.zeros((3, 2), np.float32)), 0)
+    assert np.allclose(normalised(*np.zeros((2, 3, 2), np.float32)), 0)
+
+
+def test_a_rare_disaster_weighs_what_it_costs() -> None:
+    # Nodes in like states, where a risk gained 1 nine times and cost 12 the tenth: not worth it.
+    gained = np.zeros((20, 10), np.float32)
+    gained[5] = [1] * 9 + [-12]
+    scaled = normalised(gained, np.full_like(gained, -0.5))
+    assert scaled[5].mean() < scaled[0, 0]
+    others = np.delete(scaled, 5, axis=0)
+    assert np.allclose(others, others[0, 0])

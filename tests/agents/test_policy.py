@@ -113,3 +113,25 @@ def test_draws_are_legal_and_follow_the_probabilities(recorded: Any, make_policy
     assert th.allclose(again, log_prob[:9]) and values.shape == (9, 1)
     reference = policy.get_distribution(obs[:9], mask[:9].numpy()).entropy()
     assert reference is not None and th.allclose(entropy, reference, atol=1e-4)
+
+
+def test_divergence_is_that_from_the_softened_suggestion(recorded: Any, make_policy: Any) -> None:
+    layout = recorded.layout
+    obs = th.from_numpy(recorded.observations[:, : layout.observation_size])
+    rule, policy = make_policy(layout, trained=False), make_policy(layout)
+    ours, softened = (p.log_probs(obs, recorded.masks) for p in (policy, rule))
+    divergence = (ours.exp() * (ours - softened)).sum(1)
+    apart = policy.actor.divergence(obs, ours) - rule.actor.divergence(obs, softened)
+    assert th.allclose(apart, divergence, atol=1e-4) and (divergence > 0.01).any()
+    nearest = rule.actor.divergence(obs, softened).sum()
+    pulls = th.autograd.grad(nearest, list(rule.actor.parameters()))
+    assert all(th.allclose(pull, th.zeros(()), atol=1e-3) for pull in pulls)
+
+
+def test_without_a_rule_divergence_is_negative_entropy(recorded: Any, make_policy: Any) -> None:
+    policy = make_policy(Layout(recorded.layout.max_models, recorded.layout.full_verbs))
+    obs = th.from_numpy(recorded.observations[:9, : recorded.layout.public_size])
+    mask = recorded.masks[:9]
+    entropy = policy.get_distribution(obs, mask).entropy()
+    divergence = policy.actor.divergence(obs, policy.log_probs(obs, mask))
+    assert th.allclose(divergence, -entropy, atol=1e-4)

@@ -35,8 +35,7 @@ class TrainConfig(BaseModel):
         prior_rule: The same, found when the run starts.
         all_verbs: Whether the network has the full verbs though no scenario has them, as a policy
             to go on from may; found when the run starts.
-        beta: Logit of the rule's suggestion at the start, under either verb set; `policy.BETA`
-            unless given.
+        beta: Logit of the rule's suggestion at the start; `policy.BETA` unless given.
         privileged: Whether the critic sees the arrivals to come (in training only).
         width: Of the network's hidden layers; of a policy to go on from, its own.
         envs: Nodes simulated side by side.

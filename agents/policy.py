@@ -23,12 +23,13 @@ from torch.nn import functional as F
 from mmrl.agents.export import FULL, PRESENT
 from mmrl.envs.layout import Layout
 from mmrl.envs.privileged import PRIVILEGED_FEATURES
+from mmrl.node.actions import verb_names
 from mmrl.node.observe import N_GLOBAL, N_MODEL
 
 WIDTH = 32
-# The suggestion is followed in about 9 of 10 decisions. There is more to do beside it under the
-# full verbs: with 3 it is noise, and under the core verbs nothing is tried with 5.
-BETA = (3.0, 5.0)  # under the core verbs, under the full ones
+BETA = 3.0  # the suggestion is then followed in about 9 of 10 decisions
+RARE_VERBS = set(verb_names(True)) - set(verb_names(False))
+RARE = -2.0  # their logit at the start: they are many, and a rule has less use for them
 IMPOSSIBLE = -1e8  # logit of an action that is not legal
 
 Mask = npt.NDArray[np.bool_] | th.Tensor
@@ -76,9 +77,9 @@ class Encoder(nn.Module):
 class Actor(nn.Module):
     """Logits of all actions from an observation, not masked."""
 
-    first_beta: th.Tensor
+    first: th.Tensor
 
-    def __init__(self, layout: Layout, width: int, beta: tuple[float, float]) -> None:
+    def __init__(self, layout: Layout, width: int, beta: float) -> None:
         super().__init__()
         self.layout = layout
         self.encoder = Encoder(layout, len(layout.verbs) if layout.suggestion else 0, width)
@@ -86,8 +87,11 @@ class Actor(nn.Module):
         self.head_context = nn.Linear(width, width, bias=False)
         self.verbs = nn.Linear(width, len(layout.verbs))
         self.wait = nn.Linear(width, 1)
-        self.beta = nn.Parameter(th.tensor(beta)) if layout.suggestion else None
-        self.register_buffer("first_beta", th.tensor(beta), persistent=False)
+        self.beta = nn.Parameter(th.full((2,), beta)) if layout.suggestion else None
+        self.first_beta = beta
+        rare = [layout.suggestion and verb in RARE_VERBS for verb in layout.verbs]
+        first = RARE * th.tensor([False, *rare * layout.max_models])
+        self.register_buffer("first", first, persistent=False)  # logits beside the suggestion's
 
     def forward(self, obs: th.Tensor) -> th.Tensor:
         """Return logits [B, A]."""
@@ -114,19 +118,19 @@ class Actor(nn.Module):
     def divergence(self, obs: th.Tensor, log_probs: th.Tensor) -> th.Tensor:
         """Return how far decisions are from the rule, [B].
 
-        It is KL(policy || rule), less a constant of the state: what the rule does is its suggestion
-        with the weight of the first ``beta``. Without a suggestion it is the negative entropy.
+        It is KL(policy || rule), less a constant of the state: what the rule does is what the
+        policy did at the start. Without a suggestion it is the negative entropy.
 
         Args:
             obs: [B, D].
             log_probs: [B, A], those of `log_probs` there.
         """
         probs = log_probs.exp()
-        found = (probs * log_probs).sum(1)
+        at_first = self.first
         if self.beta is not None:
             suggestion = obs[:, self.layout.public_size : self.layout.actor_size]
-            found = found - self.first_beta[obs[:, FULL].long()] * (probs * suggestion).sum(1)
-        return found
+            at_first = at_first + self.first_beta * suggestion
+        return (probs * (log_probs - at_first)).sum(1)
 
     def sample(
         self, obs: th.Tensor, masks: Mask | None = None, generator: th.Generator | None = None
@@ -169,8 +173,7 @@ class EquivariantPolicy(MaskableActorCriticPolicy):
         lr_schedule: Learning rate over the remaining progress.
         layout: Of the observations.
         width: Of every hidden layer.
-        beta: Start values of the logit of the rule's suggestion, where the layout has one: under
-            the core verbs, and under the full ones.
+        beta: Start value of the logit of the rule's suggestion, where the layout has one.
         **kwargs: Of `MaskableActorCriticPolicy`; its own networks are not built.
     """
 
@@ -181,7 +184,7 @@ class EquivariantPolicy(MaskableActorCriticPolicy):
         lr_schedule: Schedule,
         layout: Layout,
         width: int = WIDTH,
-        beta: tuple[float, float] = BETA,
+        beta: float = BETA,
         **kwargs: Any,
     ) -> None:
         if observation_space.shape != (layout.observation_size,):
@@ -204,6 +207,8 @@ class EquivariantPolicy(MaskableActorCriticPolicy):
                     nn.init.zeros_(module.bias)
         for last in (self.actor.verbs, self.actor.wait, self.critic.value):
             nn.init.zeros_(last.weight)
+        with th.no_grad():
+            self.actor.verbs.bias.copy_(self.actor.first[1 : 1 + len(self.actor.layout.verbs)])
         groups = [{"params": list(net.parameters())} for net in (self.actor, self.critic)]
         settings = {"lr": lr_schedule(1), **self.optimizer_kwargs}
         self.optimizer = self.optimizer_class(groups, **settings)

@@ -9,6 +9,7 @@ import torch as th
 from mmrl.agents import runs
 from mmrl.agents.export import FULL, ExportedPolicy, Floats
 from mmrl.agents.nodes import PlanNodes
+from mmrl.agents.policy import RARE
 from mmrl.agents.ppo import EventTimePPO
 from mmrl.errors import InputError
 from mmrl.files import atomic_write
@@ -70,15 +71,21 @@ def go_on_from(model: EventTimePPO, policy: ExportedPolicy, place: str) -> None:
 
 
 def _with_all_verbs(weights: dict[str, Floats]) -> dict[str, Floats]:
-    """Return the weights of a policy with core verbs for all verbs: to new ones it is blind."""
+    """Return the weights of a policy with core verbs for all verbs: to new ones it is blind.
+
+    They are as rare as at the start of a training, what it has learned about the others holds on.
+    """
     found = dict(weights)
     own = list(CORE_VERBS)
     for name, axis in (("verbs.weight", 0), ("verbs.bias", 0), ("encoder.extra.weight", 1)):
         if name in weights:
             few = np.moveaxis(weights[name], axis, 0)
-            all_verbs = np.zeros((len(VERBS), *few.shape[1:]), np.float32)
+            first = RARE if name == "verbs.bias" else 0.0
+            all_verbs = np.full((len(VERBS), *few.shape[1:]), first, np.float32)
             all_verbs[own] = few
             found[name] = np.moveaxis(all_verbs, 0, axis)
+    if "beta" in weights:
+        found["beta"] = weights["beta"][[0, 0]]
     # It never saw this feature change; of the context the node's features are the last ones.
     for name, column in (
         ("encoder.node.weight", FULL),

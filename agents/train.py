@@ -166,7 +166,7 @@ def _run(
         else TrainingNodes(plan, config.threads)
     )
     try:
-        beta = BETA if config.beta is None else (config.beta, config.beta)
+        beta = BETA if config.beta is None else config.beta
         model = EventTimePPO(
             EquivariantPolicy,
             nodes,

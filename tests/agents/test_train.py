@@ -14,12 +14,13 @@ from mmrl.agents.callback import RunCallback
 from mmrl.agents.config import TrainConfig, build_config
 from mmrl.agents.export import FULL, load_policy
 from mmrl.agents.nodes import NodePlan, TrainingNodes
+from mmrl.agents.policy import RARE
 from mmrl.agents.runner import play
 from mmrl.agents.train import CRITIC_FIRST, read_config, resume, train
 from mmrl.cli.app import app
 from mmrl.envs.layout import Layout
 from mmrl.errors import InputError
-from mmrl.node.actions import VERBS
+from mmrl.node.actions import CORE_VERBS, VERBS
 from mmrl.node.state import NODE, REQUEST
 from mmrl.rules import get_rule
 from mmrl.scenarios.registry import DATA, get_scenario
@@ -247,6 +248,8 @@ def test_a_policy_with_core_verbs_learns_the_others_and_forgets_nothing(
     obs[:, FULL] = 0
     assert np.ptp(core.logits(obs)) > 3.5  # more than the bonus of the suggestion
     np.testing.assert_allclose(both.logits(obs), core.logits(obs), atol=1e-5)
+    assert (both.weights["beta"] == core.weights["beta"][0]).all()  # as sure under all verbs
+    assert (np.delete(both.weights["verbs.bias"], CORE_VERBS) == RARE).all()
     sampler = get_scenario(scenario, verbs="full").sampler()
     assert len(play(both, sampler, [("dev", 0)])) == 1
 

@@ -43,7 +43,7 @@ def training(folder: Path) -> list[str]:
         f"| residual on | {prior} |",
         f"| decisions | {card.steps:,} (of {int(last['step']):,}; the best on development seeds) |",
         f"| seed | {card.seed} |",
-        f"| started from | {config.start or 'nothing'} |",
+        f"| started from | {Path(config.start).name if config.start else 'nothing'} |",
         f"| nodes | {config.envs} side by side, {config.rollout_steps} decisions a rollout |",
         f"| made with | {', '.join(f'{k} {v}' for k, v in sorted(card.versions.items()))} |",
         f"| commit | {card.git_commit or 'unknown'} |",

@@ -45,6 +45,7 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "one-pace": ("time counts the same where loads take seconds", {"paced": False}),
     "no-latency": ("reward without the latency term", {"latency_weight": 0.0}),
     "no-miss": ("reward without misses", {"miss_weight": 0.0, "latency_weight": 1.0}),
+    "no-price": ("deviations from the rule cost nothing", {"kl": 0.0}),
     "no-jitter": ("costs as profiled", {"jitter": 0.0}),
     "no-randomisation": ("one fleet, platform and load", {"randomise": False}),
 }

@@ -14,6 +14,7 @@ from mmrl.errors import MmrlError
 if TYPE_CHECKING:
     from mmrl.agents.suite_run import Watch
 
+STATISTICS = "played, now intervals and tables"
 MARKS = {True: "[green]met   [/]", False: "[red]missed[/]", None: "[dim]open  [/]"}
 POOL_NOTE = (
     "points: goodput over the best rule of each cell (of the stronger comparator),\n"
@@ -191,7 +192,8 @@ def progress(console: Console) -> Iterator["Watch"]:
             nonlocal told
             if (step := done * 20 // max(1, total)) > told:
                 told = step
-                console.print(f"{done:,} of {total:,} episodes {cell}".rstrip())
+                what = STATISTICS if done == total else cell
+                console.print(f"{done:,} of {total:,} episodes {what}".rstrip())
 
         yield tell
         return
@@ -201,6 +203,7 @@ def progress(console: Console) -> Iterator["Watch"]:
 
         def show(cell: str, done: int, total: int) -> None:
             about = {"completed": done, "total": total}
-            bar.update(task, description=cell or "compiling", **about)  # type: ignore[arg-type]
+            what = STATISTICS if 0 < total == done else cell or "compiling"
+            bar.update(task, description=what, **about)  # type: ignore[arg-type]
 
         yield show

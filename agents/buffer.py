@@ -87,6 +87,7 @@ class Samples(NamedTuple):
     old_log_prob: th.Tensor
     advantages: th.Tensor
     returns: th.Tensor
+    pace: th.Tensor
 
     def at(self, rows: th.Tensor) -> "Samples":
         """Return some of them."""
@@ -214,6 +215,7 @@ class EventTimeRolloutBuffer(MaskableRolloutBuffer):
             self.flat("log_probs"),
             th.from_numpy(normalised(self.advantages, self.values).reshape(-1)),
             self.flat("returns"),
+            self.flat("pace"),
         )
 
     def minibatches(self, batch_size: int, chunk_size: int) -> Iterator[tuple[th.Tensor, ...]]:

@@ -43,13 +43,13 @@ class TrainConfig(BaseModel):
         batch_size: Decisions of a gradient step.
         epochs: Passes over a rollout.
         learning_rate: At the start; goes to 0 linearly.
-        kl: Weight of the divergence from the rule: what a deviation must gain to be learned.
-            Without a prior it is that of an entropy bonus.
+        kl: Weight of the divergence from the rule: what a deviation must gain to be learned; where
+            loads take long, as much more. Without a prior it is that of an entropy bonus.
         clip: PPO's clip range.
         discount_s: Time constant of the discount.
         trace_s: Time constant of the trace decay.
         elapsed_time: Discount by elapsed time; else each decision counts as their mean time.
-        paced: Stretch both time constants where the loads of a fleet take long.
+        paced: Stretch both time constants, and the price `kl`, where a fleet's loads take long.
         max_grad_norm: Of actor and critic each ...
         clip_apart: ... unless this is off: then of both together.
         critic_first: Iterations in which only the critic learns; unless given, `CRITIC_FIRST`,

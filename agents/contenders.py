@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mmrl.agents.export import SHIPPED, load_policy
 from mmrl.bounds import PLANNERS, Planner
 from mmrl.errors import InputError, nearest
 from mmrl.rules import get_rule, rule_names
@@ -24,7 +25,6 @@ STEP0 = "@step0"
 BEST_FOLDER, STEP0_FOLDER = "policy_best", "policy_step0"  # as in mmrl.agents.runs, without torch
 Kind = Literal["rule", "learned", "live", "step0", "bound"]
 CLAIRVOYANT = "clairvoyant"
-SHIPPED = "default"  # the policy inside the package, by name
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,6 @@ def everyone(scenarios: Iterable[str]) -> list[str]:
     Raises:
         InputError: A scenario is unknown, or the shipped policy cannot be read.
     """
-    from mmrl.agents.export import load_policy
-
     shipped = load_policy(SHIPPED)
     suits = all(shipped.plays(get_scenario(name).verbs == "full") for name in scenarios)
     return [SHIPPED, *rule_names()] if suits else rule_names()
@@ -162,8 +160,6 @@ def _named(name: str) -> list[Contender]:
 
 def _learned(path: Path, label: str) -> list[Contender]:
     """Return the policy of a run and the one it started from, or an exported policy."""
-    from mmrl.agents.export import load_policy
-
     load_policy(path)  # says what is wrong now rather than in another process
     if not is_run(path):
         return [Contender(label, "learned", path=path)]

@@ -35,6 +35,11 @@ IMPOSSIBLE = -1e8  # logit of an action that is not legal
 Mask = npt.NDArray[np.bool_] | th.Tensor
 
 
+def of_actions(log_probs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    """Return the log-probabilities [B] of the actions int64[B] among those of all, [B, A]."""
+    return log_probs.gather(1, actions.unsqueeze(1)).squeeze(1)
+
+
 class Encoder(nn.Module):
     """Embeddings of the models of a node, and the context they make together.
 
@@ -140,7 +145,7 @@ class Actor(nn.Module):
         # The largest of log-probabilities with Gumbel noise is a draw from the distribution.
         noise = th.empty_like(log_probs).exponential_(generator=generator).log_()
         actions = (log_probs - noise).argmax(dim=1)
-        return actions, log_probs.gather(1, actions.unsqueeze(1)).squeeze(1)
+        return actions, of_actions(log_probs, actions)
 
 
 class Critic(nn.Module):
@@ -235,7 +240,7 @@ class EquivariantPolicy(MaskableActorCriticPolicy):
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Return values [B, 1], log-probabilities of the actions [B] and entropies [B]."""
         log_probs = self.log_probs(obs, action_masks)
-        chosen = log_probs.gather(1, actions.long().reshape(-1, 1)).squeeze(1)
+        chosen = of_actions(log_probs, actions.long().flatten())
         entropy = -(log_probs.exp() * log_probs).sum(dim=1)
         return self.critic(obs), chosen, entropy
 

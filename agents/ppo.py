@@ -4,11 +4,11 @@ It differs from `MaskablePPO` in four ways. Discount and trace decay go by elaps
 `EventTimeRolloutBuffer`), truncation included. Actor and critic have their gradients clipped apart,
 so that a large value loss cannot freeze the policy. Where the policy is a residual on a rule, it is
 not its entropy that is rewarded but its nearness to the rule (`Actor.divergence`): where nothing is
-to be gained, noise would lead away from it. And it spends its time well: each part of the
-environment plays its rollout on a thread of its own, simulation and policy in turn, and waits for
-no other; meanwhile only the actor runs, the critic sees the whole rollout at once; minibatches are
-large, and are worked through in chunks that stay in the processor's cache, on one thread or
-several, or as a whole on a GPU.
+to be gained, noise would lead away from it, the more so where loads take seconds. And it spends its
+time well: each part of the environment plays its rollout on a thread of its own, simulation and
+policy in turn, and waits for no other; meanwhile only the actor runs, the critic sees the whole
+rollout at once; minibatches are large, and are worked through in chunks that stay in the
+processor's cache, on one thread or several, or as a whole on a GPU.
 """
 
 import copy
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from mmrl.agents.buffer import EventTimeRolloutBuffer, Floats, Samples
 from mmrl.agents.playing import Players, Rolled, Whole, play_part
-from mmrl.agents.policy import EquivariantPolicy
+from mmrl.agents.policy import EquivariantPolicy, of_actions
 from mmrl.agents.processes import NodeProcesses
 
 CHUNK = 1024  # decisions whose activations fit the cache
@@ -268,17 +268,18 @@ class EventTimePPO(MaskablePPO):
     ) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
         """Return the gradients of the loss summed over a chunk, and the sums of `STATISTICS`."""
         log_probs = self.policy.log_probs(chunk.observations, chunk.action_masks)
-        log_prob = log_probs.gather(1, chunk.actions.unsqueeze(1)).squeeze(1)
+        log_prob = of_actions(log_probs, chunk.actions)
         log_ratio = log_prob - chunk.old_log_prob
         ratio = log_ratio.exp()
         clip = self._clip_range()
         clipped = ratio.clamp(1 - clip, 1 + clip)
         policy_loss = -th.min(chunk.advantages * ratio, chunk.advantages * clipped).sum()
-        divergence = self.policy.actor.divergence(chunk.observations, log_probs).sum()
+        divergence = self.policy.actor.divergence(chunk.observations, log_probs)
+        price = self.ent_coef * (chunk.pace * divergence).sum()
         values = self.policy.predict_values(chunk.observations)
         value_loss = F.mse_loss(values.flatten(), chunk.returns, reduction="sum")
         acting = float(self._n_updates >= self.critic_first * self.n_epochs)
-        loss = acting * (policy_loss + self.ent_coef * divergence) + self.vf_coef * value_loss
+        loss = acting * (policy_loss + price) + self.vf_coef * value_loss
         gradients = th.autograd.grad(loss, parameters)
         with th.no_grad():
             kl = (ratio - 1 - log_ratio).sum()  # Schulman's estimate of the KL divergence

@@ -85,7 +85,7 @@ def command(
     if suite or verify is not None:
         fixed = {"--scenarios": scenarios, "--loads": loads, "--split": split.replace("test", "")}
         _check_suite(suite, verify, cells, fixed)
-        from mmrl.agents.contenders import SHIPPED
+        from mmrl.agents.export import SHIPPED
         from mmrl.cli import suite as benchmark
 
         if verify is not None:

@@ -11,8 +11,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from mmrl.plan import Answer, Player, Question
 
-SHIPPED = "default"  # by this name `load_policy` finds it
-
 
 def command(
     models: Annotated[
@@ -34,9 +32,11 @@ def command(
     targets: Annotated[str, typer.Option(help="sliding, chat, market or relative.")] = "sliding",
     lengths: Annotated[str, typer.Option(help="Length family of requests.")] = "chat",
     policy: Annotated[
-        str,
-        typer.Option(help="A rule, a run folder, an exported policy, or default, the shipped one."),
-    ] = SHIPPED,
+        str | None,
+        typer.Option(
+            help="A rule, a run folder or an exported policy; the shipped policy unless given."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the page and plan.json.")] = Path("plan"),
 ) -> None:
     """Say whether a fleet fits, at which rates it meets its targets, and what a change brings."""
@@ -44,7 +44,7 @@ def command(
 
     question = ask(models, targets, lengths, trace or [])
     player = _player(policy)
-    name = "the shipped policy" if policy == SHIPPED else Path(policy).name
+    name = Path(policy).name if policy else "the shipped policy"
     console = Console(stderr=True)
     answers = []
     with console.status("the first time, code is compiled: up to a minute") as status:
@@ -56,14 +56,15 @@ def command(
     typer.echo(f"wrote {page}")
 
 
-def _player(policy: str) -> "Player":
+def _player(policy: str | None) -> "Player":
     """Return what plays a policy: a rule, or a learned one, the shipped or from its folder."""
     from functools import partial
 
-    from mmrl.agents.export import load_policy
+    from mmrl.agents.export import SHIPPED, load_policy
     from mmrl.plan import rule_player
     from mmrl.rules import rule_names
 
+    policy = policy or SHIPPED
     if policy in rule_names() or (policy != SHIPPED and not Path(policy).exists()):
         return rule_player(policy)
     from mmrl.agents.runner import play

@@ -1,18 +1,23 @@
 """What each part of training, and each verb, is worth: the same steps without it, several seeds.
 
-    python benchmarks/ablation.py [--scenario universal] [--verbs both] [--steps 10M] [--seeds 3]
-        [--episodes 300] [--eval-episodes 200] [--threads 2] [--only no-prior,no-focus]
-        [--out runs/ablation] [--page docs/ablation.md]
+    python benchmarks/ablation.py [--scenarios fast slow consumer universal] [--verbs both]
+        [--steps 10M] [--seeds 3] [--episodes 200] [--only no-prior,no-focus]
+        [--set threads=2 eval_episodes=40] [--jobs 1] [--out runs/ablation]
+        [--page docs/ablation.md]
 
 Every variant trains with the same settings but one. The best policy of each run then plays the same
 test episodes, paired with the variant that has everything and with the slack rule. May be stopped
-at any time: runs go on where they were, and what has been played is not played again. Results go to
-``ablation.json`` in the folder of the runs and, with ``--page``, to a table in Markdown.
+at any time: runs go on where they were, and what has been played is not played again. ``--jobs``
+runs are trained side by side. Results go to ``ablation.json`` in the folder of the runs and, with
+``--page``, to a table in Markdown.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ from mmrl.files import write_json
 from mmrl.rollout import Episode, EpisodeResult, rollout
 from mmrl.rules import get_rule
 from mmrl.scenarios.registry import get_scenario
+from mmrl.scenarios.sampler import EpisodeSampler
 from mmrl.stats import bootstrap
 
 ALL = "all"
@@ -61,17 +67,24 @@ VERBS: dict[str, tuple[str, dict[str, Any]]] = {
 MEASURES = ("goodput", "goodput_worst_model", "norm_latency", "ttft_p99_s")
 
 
-def run(config: TrainConfig) -> Path:
-    """Train, or go on with, a run; return its folder at once if it is complete."""
+def run(config: TrainConfig, episodes: list[Episode], bar: bool) -> dict[str, list[float]]:
+    """Train, or go on with, a run, and have its best policy play; return what `measure` does."""
     folder = config.out / config.name
-    with ProgressBar(config.steps, config.time_s) as bar:
+    with ProgressBar(config.steps, config.time_s) if bar else nullcontext() as shown:
         if not (folder / runs.STATE).exists():
-            train(config, bar)
+            train(config, shown)
         elif read_state(folder)["steps"] < config.steps:
-            resume(folder, config.steps, None, bar)
+            resume(folder, config.steps, None, shown)
     if read_state(folder)["steps"] < config.steps:
         raise SystemExit(f"stopped in {config.name}; the same command goes on from here")
-    return folder
+    policy = load_policy(folder)
+    return measure([r for sampler in samplers(config) for r in play(policy, sampler, episodes)])
+
+
+def samplers(config: TrainConfig) -> list[EpisodeSampler]:
+    """Return the samplers of what a run is trained and compared on."""
+    played = config.played([get_scenario(name) for name in config.scenarios])
+    return [scenario.sampler() for scenario in played]
 
 
 def measure(results: list[EpisodeResult]) -> dict[str, list[float]]:
@@ -128,15 +141,15 @@ def _points(ours: np.ndarray, theirs: np.ndarray) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scenario", default="universal")
+    mixture = ["fast", "slow", "consumer", "universal"]
+    parser.add_argument("--scenarios", nargs="+", default=mixture)
     parser.add_argument("--verbs", default="both")
     parser.add_argument("--steps", default="10M")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--episodes", type=int, default=300)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--envs", type=int, default=256)
-    parser.add_argument("--eval-episodes", type=int, default=200)
+    parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--only", default="")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of all runs")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
@@ -145,11 +158,11 @@ def main() -> None:
     if given.only:
         variants = {name: variants[name] for name in (ALL, *given.only.split(",")) if name}
     settings = {
-        "scenario": given.scenario,
+        "scenarios": given.scenarios,
         "verbs": given.verbs,
         "steps": steps,
         "episodes": given.episodes,
-        "envs": given.envs,
+        "set": given.set,
     }
     path = given.out / "ablation.json"
     report: dict[str, Any] = {"settings": settings, "results": {}}
@@ -158,32 +171,30 @@ def main() -> None:
         if report["settings"] != settings:
             parser.error(f"{path} holds other settings: {report['settings']}; choose another --out")
     found = report["results"]
-    common = {
-        "scenarios": (given.scenario,),
-        "verbs": given.verbs,
-        "steps": steps,
-        "out": given.out,
-        "envs": given.envs,
-        "threads": given.threads,
-        "eval_every": max(1, steps // 20),
-        "eval_episodes": given.eval_episodes,
-    }
-    played = build_config(**common).played([get_scenario(given.scenario)])
-    samplers = [scenario.sampler() for scenario in played]
+    common: dict[str, Any] = {"eval_every": max(1, steps // 10), "eval_episodes": 40}
+    common |= dict(pair.split("=", 1) for pair in given.set)
+    common |= {"scenarios": given.scenarios, "verbs": given.verbs, "steps": steps, "out": given.out}
     episodes: list[Episode] = [("test", i) for i in range(given.episodes)]
     if "slack" not in found:
         rule = get_rule("slack")
-        found["slack"] = measure([r for s in samplers for r in rollout(rule, s, episodes)])
-    for seed in range(given.seeds):
-        for name, (what, changes) in variants.items():
-            key = f"{name}-s{seed}"
-            if key in found:
-                continue
-            print(f"{key}: {what}", flush=True)
-            folder = run(build_config(**common, seed=seed, name=key, **changes))
-            policy = load_policy(folder)
-            found[key] = measure([r for s in samplers for r in play(policy, s, episodes)])
+        ours = samplers(build_config(**common))
+        found["slack"] = measure([r for s in ours for r in rollout(rule, s, episodes)])
+    wanted = {
+        f"{name}-s{seed}": build_config(**common, seed=seed, name=f"{name}-s{seed}", **changes)
+        for seed in range(given.seeds)
+        for name, (_, changes) in variants.items()
+    }
+    missing = {key: config for key, config in wanted.items() if key not in found}
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+        alone = given.jobs == 1
+        running = {
+            pool.submit(run, config, episodes, alone): key for key, config in missing.items()
+        }
+        for future in as_completed(running):
+            key = running[future]
+            found[key] = future.result()
             write_json(path, report)
+            print(f"{key}: {np.mean(found[key]['goodput']):.4f}, {len(found)} done", flush=True)
     lines = table(found, given.seeds)
     print("\n".join(lines))
     if given.page:
@@ -194,7 +205,7 @@ def _head(settings: dict[str, Any], seeds: int) -> list[str]:
     return [
         "# What each part is worth",
         "",
-        f"Training on `{settings['scenario']}` (verbs: {settings['verbs']}) for "
+        f"Training on `{' '.join(settings['scenarios'])}` (verbs: {settings['verbs']}) for "
         f"{settings['steps']:,} decisions, {seeds} seeds; mean over {settings['episodes']} test "
         "episodes of each verb set. Differences in points of goodput with 95 % intervals over "
         "episodes, and in brackets each seed. Made by `benchmarks/ablation.py`.",

@@ -1,6 +1,6 @@
 """Policies in turn on one live server, on the same requests, beside the simulator's prediction.
 
-    mmrl serve models/... --memory 40GB --policy slack       # the fleet of benchmarks/headline.toml
+    mmrl serve benchmarks/headline_node.toml                 # the fleet of benchmarks/headline.toml
     python benchmarks/headline.py --url http://127.0.0.1:8000 --out runs/headline
     python benchmarks/headline.py --out runs/headline        # the table and figure again, anywhere
 

@@ -87,7 +87,7 @@ class TrainConfig(BaseModel):
     batch_size: Count = 2048
     epochs: Count = 2
     learning_rate: Positive = 4e-3
-    kl: NotNegative = 0.015
+    kl: NotNegative = 0.003
     clip: Positive = 0.2
     discount_s: Positive = 15.0
     trace_s: Positive = 15.0

@@ -71,10 +71,7 @@ class Trace:
         if not 0 < self.duration_s < np.inf:
             raise InputError(f"trace duration_s is {self.duration_s}, not a positive number")
         if not self.model_names or len(set(self.model_names)) < len(self.model_names):
-            raise InputError(
-                f"trace model names are not unique: {', '.join(self.model_names)}",
-                "the second model of an architecture is named NAME#2, the third NAME#3",
-            )
+            raise InputError(f"trace model names are not unique: {', '.join(self.model_names)}")
         for name in self.model_names:
             if not name or name != name.strip() or not name.isprintable():
                 raise InputError(f"{name!r} is not a model name", "use plain printable text")

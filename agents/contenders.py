@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mmrl.agents.export import SHIPPED, load_policy
+from mmrl.agents.export import DEFAULT, load_policy
 from mmrl.bounds import PLANNERS, Planner
 from mmrl.errors import InputError, nearest
 from mmrl.rules import get_rule, rule_names
@@ -98,9 +98,9 @@ def everyone(scenarios: Iterable[str]) -> list[str]:
     Raises:
         InputError: A scenario is unknown, or the shipped policy cannot be read.
     """
-    shipped = load_policy(SHIPPED)
+    shipped = load_policy(DEFAULT)
     suits = all(shipped.plays(get_scenario(name).verbs == "full") for name in scenarios)
-    return [SHIPPED, *rule_names()] if suits else rule_names()
+    return [DEFAULT, *rule_names()] if suits else rule_names()
 
 
 def resolve(names: Sequence[str], scenarios: Iterable[str]) -> list[Contender]:
@@ -146,8 +146,8 @@ def _named(name: str) -> list[Contender]:
         return [Contender(name, "bound" if name == CLAIRVOYANT else "rule", planner=name)]
     label, _, place = name.rpartition("=")
     path = Path(place.removesuffix(STEP0))
-    if place == SHIPPED:
-        return _learned(Path(SHIPPED), label or SHIPPED)
+    if place == DEFAULT:
+        return _learned(Path(DEFAULT), label or DEFAULT)
     if not place or not path.exists():
         raise _unknown(name, place)
     learned = _learned(path, label or path.resolve().name)
@@ -177,7 +177,7 @@ def is_run(folder: Path) -> bool:
 
 def _unknown(name: str, place: str) -> InputError:
     folders = [str(folder) for folder in Path("runs").glob("*/")] if Path("runs").is_dir() else []
-    known = [*rule_names(), *PLANNERS, SHIPPED]
+    known = [*rule_names(), *PLANNERS, DEFAULT]
     near = nearest(place, [*known, *folders])
     return InputError(
         f"unknown policy '{name}'",

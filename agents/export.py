@@ -24,8 +24,8 @@ from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES, N_GLOBAL, N_MODEL
 from mmrl.rules import Rule, get_rule
 
 FORMAT = 1
-SHIPPED = "default"  # the policy inside the package, by name
-SHIPPED_FOLDER = Path(__file__).parent / "data" / SHIPPED
+DEFAULT = "default"  # the policy that is shipped
+DEFAULT_FOLDER = Path(__file__).parent / "data" / DEFAULT
 WEIGHTS, DESCRIPTION = "policy.safetensors", "policy.json"
 PRESENT = MODEL_FEATURES.index("weights")  # more than 0 for a model, 0 in padding
 FULL = GLOBAL_FEATURES.index("full_verbs")
@@ -249,8 +249,8 @@ def load_policy(path: str | Path) -> ExportedPolicy:
             other features, verbs or another version of the format.
     """
     folder = Path(path)
-    if str(path) == SHIPPED:
-        folder = SHIPPED_FOLDER
+    if str(path) == DEFAULT:
+        folder = DEFAULT_FOLDER
         if not (folder / DESCRIPTION).is_file():
             raise InputError(
                 "no default policy is shipped with this version",

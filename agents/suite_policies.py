@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from mmrl.agents.contenders import CHAMPION, CLAIRVOYANT, Contender, is_run, resolve
 from mmrl.agents.export import (
+    DEFAULT,
+    DEFAULT_FOLDER,
     DESCRIPTION,
-    SHIPPED,
-    SHIPPED_FOLDER,
     WEIGHTS,
     ExportedPolicy,
     load_policy,
@@ -196,8 +196,8 @@ def _policy_path(name: str) -> tuple[str, Path]:
     contender = resolve([name], [])[0]
     if contender.path is None:
         raise InputError(f"'{name}' is no learned policy", "name a run folder or a policy")
-    shipped = contender.path == Path(SHIPPED)
-    return contender.name, SHIPPED_FOLDER if shipped else contender.path
+    shipped = contender.path == Path(DEFAULT)
+    return contender.name, DEFAULT_FOLDER if shipped else contender.path
 
 
 def _entry(name: str, path: Path, group: str, number: int, seed: int | None = None) -> Entry:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mmrl.agents.export import SHIPPED, ExportedPolicy, load_policy
+from mmrl.agents.export import DEFAULT, ExportedPolicy, load_policy
 from mmrl.deploy.adapter import FALLBACKS, DeployAdapter
 from mmrl.deploy.checkpoint import Checkpoint
 from mmrl.deploy.clock import Clock
@@ -199,7 +199,7 @@ def open_fleet(
     engine = Engine(served, node, adapter, host_kv, device, clock)
     _prepare(engine, config.models)
     infos = tuple(map(_info, config.models, opened, [one.profile for one in found], costs))
-    name = f"{SHIPPED}, the shipped one" if adapter.name == SHIPPED else adapter.name
+    name = f"{DEFAULT}, the shipped one" if adapter.name == DEFAULT else adapter.name
     here = (
         f"{device_name(device)}, {size_text(place.budget_bytes)} for "
         f"{size_text(sum(info.weight_bytes for info in infos))} of weights; "
@@ -410,10 +410,10 @@ def find_policy(name: str, field: str = "node.policy") -> ExportedPolicy | Rule:
     """
     if name in rule_names():
         return get_rule(name)
-    if name != SHIPPED and not Path(name).exists():
+    if name != DEFAULT and not Path(name).exists():
         raise InputError(
             f"{field}: '{name}' is neither a rule nor the folder of a trained policy",
-            f"rules: {', '.join(rule_names())}; {SHIPPED} is the shipped policy",
+            f"rules: {', '.join(rule_names())}; {DEFAULT} is the shipped policy",
         )
     try:
         return load_policy(name)

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mmrl.agents.export import (
+    DEFAULT,
+    DEFAULT_FOLDER,
     DESCRIPTION,
-    SHIPPED,
-    SHIPPED_FOLDER,
     WEIGHTS,
     ExportedPolicy,
 )
@@ -468,7 +468,7 @@ def _describe(name: str, policy: Rule | ExportedPolicy, out: Path) -> dict[str, 
     """Say who decides, so that the simulator can ask the same; a trained policy is copied."""
     if isinstance(policy, Rule):
         return {"name": name, "kind": "rule", "rule": policy.name, "params": policy.model_dump()}
-    source = SHIPPED_FOLDER if policy.name == SHIPPED else Path(policy.name)
+    source = DEFAULT_FOLDER if policy.name == DEFAULT else Path(policy.name)
     folder = source if (source / DESCRIPTION).exists() else source / "policy_best"
     for file in (DESCRIPTION, WEIGHTS):
         (out / POLICIES / name).mkdir(parents=True, exist_ok=True)

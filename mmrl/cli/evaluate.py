@@ -85,14 +85,14 @@ def command(
     if suite or verify is not None:
         fixed = {"--scenarios": scenarios, "--loads": loads, "--split": split.replace("test", "")}
         _check_suite(suite, verify, cells, fixed)
-        from mmrl.agents.export import SHIPPED
+        from mmrl.agents.export import DEFAULT
         from mmrl.cli import suite as benchmark
 
         if verify is not None:
             benchmark.verify(verify, trace or [], episodes, seed or None, workers)
             return
         place = out or Path("runs") / f"suite-{datetime.now():%Y%m%d-%H%M%S}"
-        played_by = _names(policies) or [SHIPPED]  # and by all rules, as none is named
+        played_by = _names(policies) or [DEFAULT]  # and by all rules, as none is named
         benchmark.run(suite, played_by, place, _names(cells), trace or [], episodes, workers, seed)
         return
     if cells:

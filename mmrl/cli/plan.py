@@ -60,12 +60,12 @@ def _player(policy: str | None) -> "Player":
     """Return what plays a policy: a rule, or a learned one, the shipped or from its folder."""
     from functools import partial
 
-    from mmrl.agents.export import SHIPPED, load_policy
+    from mmrl.agents.export import DEFAULT, load_policy
     from mmrl.plan import rule_player
     from mmrl.rules import rule_names
 
-    policy = policy or SHIPPED
-    if policy in rule_names() or (policy != SHIPPED and not Path(policy).exists()):
+    policy = policy or DEFAULT
+    if policy in rule_names() or (policy != DEFAULT and not Path(policy).exists()):
         return rule_player(policy)
     from mmrl.agents.runner import play
 

@@ -195,7 +195,7 @@ def test_the_shipped_policy_and_all_rules_take_part_where_nobody_is_named(tiny, 
 
 
 def test_the_shipped_policy_stays_away_from_verbs_that_it_does_not_know(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmrl.agents.export.SHIPPED_FOLDER", make_policy(tmp_path / "core", 0.1))
+    monkeypatch.setattr("mmrl.agents.export.DEFAULT_FOLDER", make_policy(tmp_path / "core", 0.1))
     assert everyone(["demo"]) == ["default", *rule_names()]
     assert everyone(["demo", "oversized"]) == rule_names()
 

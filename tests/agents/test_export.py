@@ -182,8 +182,8 @@ def test_one_policy_under_both_verb_sets(busy: Any, make_policy: Any) -> None:
 
 
 def test_the_shipped_policy_by_name(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "SHIPPED_FOLDER", exported)
+    monkeypatch.setattr(export, "DEFAULT_FOLDER", exported)
     assert load_policy("default").card == load_policy(exported).card
-    monkeypatch.setattr(export, "SHIPPED_FOLDER", exported / "none")
+    monkeypatch.setattr(export, "DEFAULT_FOLDER", exported / "none")
     with pytest.raises(InputError, match=r"no default policy is shipped.*train one"):
         load_policy("default")

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mmrl.agents.export import SHIPPED_FOLDER, load_policy
+from mmrl.agents.export import DEFAULT_FOLDER, load_policy
 from mmrl.agents.runner import play
 from mmrl.node.state import MAX_MODELS
 from mmrl.rollout import rollout
@@ -23,7 +23,7 @@ def do_nothing(observations: Any, masks: Any) -> npt.NDArray[np.int64]:
 def test_it_knows_both_verb_sets_and_is_small() -> None:
     policy = load_policy("default")
     assert policy.plays(full_verbs=False) and policy.plays(full_verbs=True)
-    assert sum(file.stat().st_size for file in SHIPPED_FOLDER.iterdir()) <= MOST_BYTES
+    assert sum(file.stat().st_size for file in DEFAULT_FOLDER.iterdir()) <= MOST_BYTES
 
 
 @pytest.mark.parametrize("verbs", ["core", "full"])

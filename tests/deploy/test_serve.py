@@ -312,7 +312,7 @@ def test_a_policy_that_cannot_be_read_is_refused_by_field(
 ) -> None:
     with pytest.raises(InputError, match=r"^node\.policy: cannot read .*or name a rule"):
         find_policy(str(tmp_path))
-    monkeypatch.setattr("mmrl.agents.export.SHIPPED_FOLDER", tmp_path)
+    monkeypatch.setattr("mmrl.agents.export.DEFAULT_FOLDER", tmp_path)
     with pytest.raises(InputError, match=r"^node\.policy: no default policy .*or name a rule"):
         find_policy("default")
 

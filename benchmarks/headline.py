@@ -14,6 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ LIVE = "live"
 
 def serve(url: str, policy: str, repeat: int, folder: Path) -> None:
     """Let a policy serve an episode, and simulate it on the same arrivals."""
-    import httpx2
-
     key = os.environ.get("MMRL_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    httpx2.post(f"{url}/admin/policy/{policy}", headers=headers, timeout=60).raise_for_status()
+    change = urllib.request.Request(f"{url}/admin/policy/{policy}", b"", headers, method="POST")
+    with urllib.request.urlopen(change, timeout=60):
+        pass
     main = "import sys; sys.argv[0] = 'mmrl'; from mmrl.cli.app import main; main()"
     command = [sys.executable, "-c", main, "replay", "--url", url, "--scenario", str(SCENARIO)]
     command += ["--split", "test", "--episode", str(repeat), "--simulate", policy]

@@ -79,7 +79,7 @@ def normalised(advantages: Floats, values: Floats) -> Floats:
 
 
 class Samples(NamedTuple):
-    """Decisions to learn from; tensors over B decisions."""
+    """Decisions to learn from; tensors over B decisions. ``pace`` is that of their nodes."""
 
     observations: th.Tensor
     actions: th.Tensor

@@ -136,6 +136,21 @@ def test_a_large_value_loss_does_not_freeze_the_policy() -> None:
         assert th.allclose(small[name], large[name], rtol=0.2, atol=1e-4)
 
 
+def test_the_price_of_a_deviation_grows_with_the_pace_of_a_node() -> None:
+    model = learner(LongestQueue(), LAYOUT, ent_coef=0.01)
+    model.learn(32 * 32)
+    samples = model.rollout_buffer.samples()
+    alone = samples._replace(advantages=th.zeros_like(samples.advantages))  # nothing to be gained
+    actor = list(model.policy.actor.parameters())
+    quick, slow = (
+        model._gradients(alone._replace(pace=th.full_like(alone.pace, pace)), actor)[0]
+        for pace in (1.0, 3.0)
+    )
+    assert max(gradient.abs().max() for gradient in quick) > 1e-3
+    for once, thrice in zip(quick, slow, strict=True):
+        assert th.allclose(3 * once, thrice, rtol=1e-3, atol=1e-5)
+
+
 def test_callbacks_see_every_step_and_can_stop(busy: Scenario) -> None:
     class Count(BaseCallback):
         steps = rollouts = 0

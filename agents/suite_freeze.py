@@ -5,14 +5,12 @@ of .90 on development episodes), the tuned rules, and the hash of each cell. Eve
 as soon as it is there, with a key of all that it depends on; what has its key is not done again.
 """
 
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mmrl.agents.play import interrupts_ignored, prepare_process
+from mmrl.agents.pool import side_by_side
 from mmrl.agents.suite_policies import ONCE
 from mmrl.agents.suite_run import code_hash
 from mmrl.files import write_json
@@ -120,7 +118,7 @@ def _calibrate(suite: Suite, workers: int, told: Told, only: Sequence[str]) -> N
         keys[base] = digest([plain, costs(scenario), episodes, GOODPUT, code_hash()])
         if found.get(base, {}).get("key") != keys[base]:
             jobs.append(Calibration(base, scenario, episodes))
-    for number, (job, entry) in enumerate(_run(jobs, workers), 1):
+    for number, (job, entry) in enumerate(side_by_side(_run_job, jobs, workers), 1):
         found[job.base] = {**entry, "key": keys[job.base]}
         kept = {**suite.frozen, "format": FORMAT, "utilisation": dict(sorted(found.items()))}
         write_json(suite.frozen_path, kept)
@@ -133,7 +131,7 @@ def _tune(suite: Suite, workers: int, told: Told, only: Sequence[str]) -> None:
         for job in tuning_jobs(suite, only)
         if suite.tuned.get(job.place, {}).get(job.opponent, {}).get("key") != job.key
     ]
-    for number, (job, entry) in enumerate(_run(jobs, workers), 1):
+    for number, (job, entry) in enumerate(side_by_side(_run_job, jobs, workers), 1):
         write_tuned(suite.tuned_path, job.place, job.opponent, entry)
         what = f"tuned {job.opponent} for {job.place}: {entry['score']:.4f}"
         told(what, number, len(jobs))
@@ -168,26 +166,6 @@ def tuning_jobs(suite: Suite, only: Sequence[str] = ()) -> list[TuningJob]:
                 )
             )
     return sorted(found, key=lambda job: -job.configs * job.episodes)
-
-
-def _run(jobs: Sequence[Any], workers: int) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Run jobs in processes and yield each with what it found, as soon as it is done."""
-    if workers == 1:
-        for job in jobs:
-            yield job, _run_job(job)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, prepare_process) as pool:
-        try:
-            with interrupts_ignored():
-                futures = {pool.submit(_run_job, job): job for job in jobs}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
 
 
 def _run_job(job: Any) -> dict[str, Any]:

@@ -14,10 +14,9 @@ runs are trained side by side. Results go to ``ablation.json`` in the folder of 
 
 import argparse
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,12 @@ import numpy as np
 from mmrl.agents import runs
 from mmrl.agents.config import TrainConfig, build_config
 from mmrl.agents.export import load_policy
+from mmrl.agents.pool import side_by_side
 from mmrl.agents.progress import ProgressBar
 from mmrl.agents.runner import play
 from mmrl.agents.state import read_state
 from mmrl.agents.train import resume, train
-from mmrl.cli.train import UNITS, number
+from mmrl.cli.train import UNITS, number, read_settings
 from mmrl.files import write_json
 from mmrl.rollout import Episode, EpisodeResult, rollout
 from mmrl.rules import get_rule
@@ -67,7 +67,7 @@ VERBS: dict[str, tuple[str, dict[str, Any]]] = {
 MEASURES = ("goodput", "goodput_worst_model", "norm_latency", "ttft_p99_s")
 
 
-def run(config: TrainConfig, episodes: list[Episode], bar: bool) -> dict[str, list[float]]:
+def run(episodes: list[Episode], bar: bool, config: TrainConfig) -> dict[str, list[float]]:
     """Train, or go on with, a run, and have its best policy play; return what `measure` does."""
     folder = config.out / config.name
     with ProgressBar(config.steps, config.time_s) if bar else nullcontext() as shown:
@@ -172,29 +172,24 @@ def main() -> None:
             parser.error(f"{path} holds other settings: {report['settings']}; choose another --out")
     found = report["results"]
     common: dict[str, Any] = {"eval_every": max(1, steps // 10), "eval_episodes": 40}
-    common |= dict(pair.split("=", 1) for pair in given.set)
+    common |= read_settings(given.set)
     common |= {"scenarios": given.scenarios, "verbs": given.verbs, "steps": steps, "out": given.out}
     episodes: list[Episode] = [("test", i) for i in range(given.episodes)]
     if "slack" not in found:
         rule = get_rule("slack")
         ours = samplers(build_config(**common))
         found["slack"] = measure([r for s in ours for r in rollout(rule, s, episodes)])
-    wanted = {
-        f"{name}-s{seed}": build_config(**common, seed=seed, name=f"{name}-s{seed}", **changes)
+    wanted = (
+        build_config(**(common | changes), seed=seed, name=f"{name}-s{seed}")
         for seed in range(given.seeds)
         for name, (_, changes) in variants.items()
-    }
-    missing = {key: config for key, config in wanted.items() if key not in found}
-    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
-        alone = given.jobs == 1
-        running = {
-            pool.submit(run, config, episodes, alone): key for key, config in missing.items()
-        }
-        for future in as_completed(running):
-            key = running[future]
-            found[key] = future.result()
-            write_json(path, report)
-            print(f"{key}: {np.mean(found[key]['goodput']):.4f}, {len(found)} done", flush=True)
+    )
+    missing = [config for config in wanted if config.name not in found]
+    work = partial(run, episodes, given.jobs == 1)
+    for config, measured in side_by_side(work, missing, given.jobs):
+        found[config.name] = measured
+        write_json(path, report)
+        print(f"{config.name}: {np.mean(measured['goodput']):.4f}, {len(found)} done", flush=True)
     lines = table(found, given.seeds)
     print("\n".join(lines))
     if given.page:

@@ -192,8 +192,7 @@ def progress(console: Console) -> Iterator["Watch"]:
             nonlocal told
             if (step := done * 20 // max(1, total)) > told:
                 told = step
-                what = STATISTICS if done == total else cell
-                console.print(f"{done:,} of {total:,} episodes {what}".rstrip())
+                console.print(f"{done:,} of {total:,} episodes {_now(cell, done, total)}".rstrip())
 
         yield tell
         return
@@ -203,7 +202,12 @@ def progress(console: Console) -> Iterator["Watch"]:
 
         def show(cell: str, done: int, total: int) -> None:
             about = {"completed": done, "total": total}
-            what = STATISTICS if 0 < total == done else cell or "compiling"
+            what = _now(cell, done, total) or "compiling"
             bar.update(task, description=what, **about)  # type: ignore[arg-type]
 
         yield show
+
+
+def _now(cell: str, done: int, total: int) -> str:
+    """Say what goes on: the cell that was played last, or what comes after all of them."""
+    return STATISTICS if 0 < total == done else cell

@@ -98,7 +98,7 @@ def command(
             "threads": threads,
             "out": out,
             **({} if prior else {"prior": None}),
-            **_settings(set_ or []),
+            **read_settings(set_ or []),
         }
         if total is not None:
             values["steps"] = int(total)
@@ -141,7 +141,7 @@ def number(text: str, units: dict[str, int], name: str) -> float:
     return float(match[1]) * units[match[2]]
 
 
-def _settings(pairs: list[str]) -> dict[str, str]:
+def read_settings(pairs: list[str]) -> dict[str, str]:
     """Read ``name=value`` pairs."""
     found = {}
     for pair in pairs:

@@ -229,7 +229,7 @@ def write(
     with atomic_write(out / EPISODES, "wb") as file:
         file.write(buffer.getvalue())
     result["episodes_sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
-    write_json(out / RESULT, result)
+    write_json(out / RESULT, result, indent=None)
     kept = {folder_name(entry) for entry in who if entry.path is not None}
     if (out / POLICIES).is_dir():
         for folder in (out / POLICIES).iterdir():

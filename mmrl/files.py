@@ -59,8 +59,13 @@ def atomic_write(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[I
         raise MmrlError(f"disk full while writing {path}", "free some space and retry") from error
 
 
-def write_json(path: str | Path, obj: object) -> None:
-    """Write obj as indented JSON, atomically; NumPy values become numbers and lists.
+def write_json(path: str | Path, obj: object, indent: int | None = 2) -> None:
+    """Write obj as JSON, atomically; NumPy values become numbers and lists.
+
+    Args:
+        path: Where the file shall stand.
+        obj: What it shall hold.
+        indent: Spaces of each level; None: all on one line, for long columns of numbers.
 
     Raises:
         InputError: Nothing can be written at path.
@@ -68,7 +73,7 @@ def write_json(path: str | Path, obj: object) -> None:
         ValueError: obj holds a NaN or an infinity, which JSON does not know.
     """
     with atomic_write(path) as file:
-        json.dump(obj, file, indent=2, allow_nan=False, default=_plain)
+        json.dump(obj, file, indent=indent, allow_nan=False, default=_plain)
         file.write("\n")
 
 

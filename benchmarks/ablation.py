@@ -197,13 +197,20 @@ def main() -> None:
 
 
 def _head(settings: dict[str, Any], seeds: int) -> list[str]:
+    scenarios, given = " ".join(settings["scenarios"]), " ".join(settings["set"])
     return [
         "# What each part is worth",
         "",
-        f"Training on `{' '.join(settings['scenarios'])}` (verbs: {settings['verbs']}) for "
-        f"{settings['steps']:,} decisions, {seeds} seeds; mean over {settings['episodes']} test "
-        "episodes of each verb set. Differences in points of goodput with 95 % intervals over "
-        "episodes, and in brackets each seed. Made by `benchmarks/ablation.py`.",
+        f"Training on `{scenarios}` (verbs: {settings['verbs']}) for {settings['steps']:,} "
+        f"decisions, {seeds} seeds; mean over {settings['episodes']} test episodes of each verb "
+        "set. Differences in points of goodput with 95 % intervals over episodes, and in brackets "
+        "each seed. [training.md](training.md) says what follows from it.",
+        "",
+        "```",
+        f"python benchmarks/ablation.py --scenarios {scenarios} --verbs {settings['verbs']} "
+        f"--steps {settings['steps']} --seeds {seeds} --episodes {settings['episodes']}"
+        + (f" \\\n  --set {given}" if given else ""),
+        "```",
         "",
     ]
 

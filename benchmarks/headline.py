@@ -6,8 +6,9 @@
 
 Each repeat is another test episode of the scenario; within it every policy gets the same requests
 at the same instants, in an order that is turned round from one repeat to the next. What is finished
-is kept: the same command goes on. Intervals resample blocks of ten seconds of arrivals, the same
-blocks for all policies, since what happens to requests that come together is not independent.
+is kept: the same command goes on, and two nodes may take a repeat each (``--repeats 0``). Intervals
+resample blocks of ten seconds of arrivals, the same blocks for all policies, since what happens to
+requests that come together is not independent.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from mmrl.files import write_json
-from mmrl.stats import bootstrap
+from mmrl.stats import Interval, bootstrap
 
 SCENARIO = Path(__file__).with_name("headline.toml")
 POLICIES = ("full-swap", "lru", "slack", "default")
@@ -30,6 +31,7 @@ BLOCK_S = 10.0
 METRICS = ("goodput", "norm_latency", "ttft_p50_s", "ttft_p99_s", "loads_per_s", "longest_wait_s")
 RUN = "run-{repeat}-{policy}"
 LIVE = "live"
+RULE_COLOR, LEARNED_COLOR = "#8fa3bf", "#2f7de1"
 
 
 def serve(url: str, policy: str, repeat: int, folder: Path) -> None:
@@ -102,51 +104,65 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Write the figure: goodput and latency of each policy, live with intervals and simulated."""
     from plotly.subplots import make_subplots
 
-    names = [row["policy"] for row in rows]
-    figure = make_subplots(1, 2, subplot_titles=("goodput, %", "normalised latency"))
-    shown = [row["goodput"] for row in rows]
-    figure.add_bar(
-        x=names,
-        y=[100 * each.estimate for each in shown],
-        error_y={
-            "array": [100 * (each.high - each.estimate) for each in shown],
-            "arrayminus": [100 * (each.estimate - each.low) for each in shown],
-        },
-        name="live on an H200 (95 %)",
-        marker_color="#2f7de1",
-        row=1,
-        col=1,
+    rules = POLICIES[:-1]
+    names = [row["policy"] if row["policy"] in rules else "learned" for row in rows]
+    colors = [RULE_COLOR if name in rules else LEARNED_COLOR for name in names]
+    figure = make_subplots(1, 2, subplot_titles=("Goodput, %", "Normalised latency"))
+    panels = (
+        ("goodput", 100, [_around(row["goodput"]) for row in rows]),
+        ("norm_latency", 1, None),
     )
-    latency = [row["live"]["norm_latency"] for row in rows]
-    figure.add_bar(
-        x=names, y=latency, marker_color="#2f7de1", showlegend=False, name="live", row=1, col=2
-    )
-    for column, metric, unit in ((1, "goodput", 100), (2, "norm_latency", 1)):
+    for column, (metric, unit, whiskers) in enumerate(panels, start=1):
+        values = [unit * row["live"][metric] for row in rows]
+        if whiskers:
+            values = [unit * row[metric].estimate for row in rows]
+        figure.add_bar(
+            x=names,
+            y=values,
+            error_y=whiskers
+            and {"array": [u for u, _ in whiskers], "arrayminus": [d for _, d in whiskers]},
+            text=[f"{value:.1f}" for value in values],
+            textposition="inside",
+            insidetextanchor="start",
+            marker_color=colors,
+            showlegend=False,
+            row=1,
+            col=column,
+        )
         figure.add_scatter(
             x=names,
             y=[unit * row["simulated"][metric] for row in rows],
             mode="markers",
             marker={"symbol": "diamond", "size": 11, "color": "#e8710a"},
-            name="simulated",
+            name="foreseen by the simulator",
             showlegend=column == 1,
             row=1,
             col=column,
         )
-    figure.update_yaxes(type="log", row=1, col=2)
     figure.update_layout(
-        template="plotly_white", width=1000, height=380, legend={"orientation": "h", "y": -0.12}
+        template="plotly_white",
+        width=1000,
+        height=380,
+        margin={"t": 50, "b": 20, "l": 40, "r": 20},
+        legend={"orientation": "h", "y": -0.12},
     )
-    figure.write_html(path, include_plotlyjs=True)
+    figure.write_html(path, include_plotlyjs=True, config={"displayModeBar": False})
+
+
+def _around(interval: Interval) -> tuple[float, float]:
+    """Return how far an interval of shares reaches up and down, in points."""
+    estimate, low, high = (100 * each for each in interval)
+    return high - estimate, estimate - low
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", help="of the server; none: only the table and figure")
     parser.add_argument("--out", type=Path, default=Path("runs/headline"))
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, nargs="+", default=(0, 1), help="test episodes")
     parser.add_argument("--policies", nargs="+", default=POLICIES)
     arguments = parser.parse_args()
-    for repeat in range(arguments.repeats if arguments.url else 0):
+    for repeat in arguments.repeats if arguments.url else ():
         for policy in arguments.policies[:: -1 if repeat % 2 else 1]:
             folder = arguments.out / RUN.format(repeat=repeat, policy=policy)
             if not (folder / "summary.json").exists():

@@ -46,13 +46,13 @@ def read_suite(path: Path) -> Results:
         row["policy"]: "rule" if row["kind"] == "planner" else str(row["kind"]) for row in entered
     }
     compared = rows_of(result["compared"])
-    kinds |= {row["policy"]: "learned" for row in compared}
+    members = _members(result)
+    kinds |= dict.fromkeys([*(row["policy"] for row in compared), *members], "learned")
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for cell in cells:
         names = ("platform", "family", "variation", "group", "origin", "trace")
         groups.setdefault(tuple(cell[name] for name in names), []).append(cell)
     figures = rows_of(result["figures"])
-    members = _members(result)
     summary = {
         "version": FORMAT,
         "boards": [

@@ -77,6 +77,25 @@ def test_seeds_together_are_held_against_the_stronger_comparator(result: Path) -
     assert [name for name, row in rows.items() if row["is_best_rule"]] == ["slack cell"]
 
 
+def test_a_policy_trained_for_some_cells_stands_in_these_alone(result: Path) -> None:
+    found = json.loads((result / RESULT).read_text())
+    there = [f"there@*-1.0 {seed}" for seed in (0, 1)]
+    for name in there:  # nobody compares it with the rules: it only shows what training there gains
+        for table, row in (
+            ("policies", {"policy": name, "kind": "learned", "group": "there@*-1.0"}),
+            ("figures", figure(1.0, name, 0.9)),
+        ):
+            for key, value in row.items():
+                found[table][key].append(value)
+    (result / RESULT).write_text(json.dumps(found))
+    (board,) = read_suite(result).summary["boards"]
+    rows = [row for row in board["rows"] if row["policy"].startswith("there")]
+    assert {(row["policy"], row["load"]) for row in rows} == {
+        (name, 1.0) for name in (*there, "there@*-1.0")
+    }
+    assert {row["kind"] for row in rows} == {"learned"}
+
+
 def test_a_page_begins_with_the_pooled_verdict(result: Path) -> None:
     material = gather([result / RESULT])
     page = render(material)[PAGE]

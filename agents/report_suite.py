@@ -13,14 +13,16 @@ from mmrl.agents.suite_policies import COMPARATORS
 from mmrl.agents.suite_results import Row, rows_of
 
 SAME = (
+    "episodes",
     "requests",
     "goodput",
     "goodput_worst_model",
     "norm_latency",
     "longest_wait_s",
     "ttft_p50_s",
+    "loads_per_s",
+    "preemptions_per_s",
 )
-RATES = ("loads_per_s", "preemptions_per_s")
 BYTES = ("load", "stream", "kv_save", "kv_restore")
 
 
@@ -42,8 +44,8 @@ def read_suite(path: Path) -> Results:
     result = read(path)
     cells = rows_of(result["cells"])
     entered = rows_of(result["policies"])
-    kinds = {
-        row["policy"]: "rule" if row["kind"] == "planner" else str(row["kind"]) for row in entered
+    kinds = {  # who looks ahead played a few episodes of some cells: no rule to be measured by
+        row["policy"]: "bound" if row["kind"] == "planner" else str(row["kind"]) for row in entered
     }
     compared = rows_of(result["compared"])
     members = _members(result)
@@ -69,7 +71,11 @@ def read_suite(path: Path) -> Results:
             "complete": result["complete"],
             "cells": len(cells),
             "episodes": result["episodes"],
-            "pools": [row for row in rows_of(result["pools"]) if row["stronger"]],
+            "pools": [
+                row | {"is_member": any(row["policy"] in names for names in members.values())}
+                for row in rows_of(result["pools"])
+                if row["stronger"]
+            ],
             "targets": rows_of(result["verdicts"]),
         },
     }

@@ -8,7 +8,7 @@ const CHALLENGERS = ["learned", "live"];
 const FIRST_VERDICTS = 12;
 const LEGEND = 20; // policies in it at once
 const state = {
-  platform: "", family: "", load: "", place: 0, placeLoad: "", all: false, everyone: false,
+  platform: "", family: "", load: "", place: 0, placeLoad: "", all: false, seeds: false, everyone: false,
   shown: policies.flatMap((policy, k) => (policy.shown ? [k] : [])),
   runs: runs.flatMap((run, k) => (run.shown ? [k] : [])),
   episode: 0, left: null, right: null, time: 0,
@@ -190,22 +190,26 @@ function showVerdicts() {
   button.textContent = state.all ? "Show the first only" : `Show all ${rows.length}`;
 }
 
-/* What a frozen benchmark says over several cells: of a policy's training seeds together first. */
+/* What a frozen benchmark says over several cells: training seeds together, or each of them too. */
 function showPools() {
   index.suites.forEach(({ pools }, k) => {
-    const rows = pools.filter((row) => (!state.platform || !row.platform || row.platform === state.platform)
+    const fitting = pools.filter((row) => (!state.platform || !row.platform || row.platform === state.platform)
       && (state.load === "" || row.load === null || row.load === Number(state.load)));
-    const interval = (row) => [row.goodput, row.goodput_low, row.goodput_high];
-    const reach = reachOf(rows.map(interval));
-    rows.sort((a, b) => b.seeds - a.seeds);
+    const rows = fitting.filter((row) => state.seeds || !row.is_member).sort((a, b) => b.seeds - a.seeds);
+    const reach = Math.max(0.005, ...rows.flatMap((row) => [Math.abs(row.goodput_low), Math.abs(row.goodput_high)]));
     element(`pools-${k}`).replaceChildren(make("thead", {},
       heads("Pool", head("Policy", { class: "name" }), "Seeds", "Cells", head("Against the best rules, points", { class: "versus", colspan: 2 }), "Their goodput, %", "p")),
     make("tbody", {}, ...rows.map((row) => {
       const known = policies.findIndex((policy) => policy.name === row.policy);
       return make("tr", {}, make("th", {}, row.pool), make("td", { class: "name" }, ...(known < 0 ? [row.policy] : named(known))),
-        make("td", {}, number(row.seeds, 0)), make("td", {}, number(row.cells, 0)), ...versus(interval(row), reach),
+        make("td", {}, number(row.seeds, 0)), make("td", {}, number(row.cells, 0)),
+        ...versus([row.goodput, row.goodput_low, row.goodput_high], reach),
         make("td", {}, share(row.goodput_reference)), make("td", {}, pValue(row.p_holm ?? row.p)));
     })));
+    const button = element(`pool-seeds-${k}`);
+    button.hidden = !fitting.some((row) => row.is_member);
+    button.textContent = state.seeds ? "Show seeds together only" : "Show each training seed";
+    button.onclick = () => { state.seeds = !state.seeds; showPools(); };
   });
 }
 

@@ -72,6 +72,7 @@ def test_seeds_together_are_held_against_the_stronger_comparator(result: Path) -
     assert (board["name"], board["loads"], board["main_load"]) == ("fast chat", [0.8, 1.0], 1.0)
     rows = {row["policy"]: row for row in board["rows"] if row["load"] == 1.0}
     assert rows["ppo"]["goodput"] == pytest.approx(0.86)  # the mean of its seeds
+    assert (rows["ppo"]["episodes"], rows["ppo"]["loads_per_s"]) == (300, 0.2)
     assert rows["ppo"]["vs_best_rule"]["policy"] == "slack cell"
     assert rows["ppo"]["vs_best_rule"]["goodput"] == pytest.approx([0.04, 0.03, 0.05])
     assert [name for name, row in rows.items() if row["is_best_rule"]] == ["slack cell"]

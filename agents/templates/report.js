@@ -198,13 +198,14 @@ function showPools() {
     const rows = fitting.filter((row) => state.seeds || !row.is_member).sort((a, b) => b.seeds - a.seeds);
     const reach = Math.max(0.005, ...rows.flatMap((row) => [Math.abs(row.goodput_low), Math.abs(row.goodput_high)]));
     element(`pools-${k}`).replaceChildren(make("thead", {},
-      heads("Pool", head("Policy", { class: "name" }), "Seeds", "Cells", head("Against the best rules, points", { class: "versus", colspan: 2 }), "Their goodput, %", "p")),
+      heads("Pool", head("Policy", { class: "name" }), head("Seeds", { class: "extra" }), head("Cells", { class: "extra" }),
+        head("Against the best rules, points", { class: "versus", colspan: 2 }), head("Their goodput, %", { class: "extra" }), head("p", { class: "extra" }))),
     make("tbody", {}, ...rows.map((row) => {
       const known = policies.findIndex((policy) => policy.name === row.policy);
       return make("tr", {}, make("th", {}, row.pool), make("td", { class: "name" }, ...(known < 0 ? [row.policy] : named(known))),
-        make("td", {}, number(row.seeds, 0)), make("td", {}, number(row.cells, 0)),
+        make("td", { class: "extra" }, number(row.seeds, 0)), make("td", { class: "extra" }, number(row.cells, 0)),
         ...versus([row.goodput, row.goodput_low, row.goodput_high], reach),
-        make("td", {}, share(row.goodput_reference)), make("td", {}, pValue(row.p_holm ?? row.p)));
+        make("td", { class: "extra" }, share(row.goodput_reference)), make("td", { class: "extra" }, pValue(row.p_holm ?? row.p)));
     })));
     const button = element(`pool-seeds-${k}`);
     button.hidden = !fitting.some((row) => row.is_member);

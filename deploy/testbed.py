@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, PretrainedConfig
+from transformers import __version__ as transformers_version
 
 from mmrl.deploy.checkpoint import CHUNK_BYTES, DTYPES, RANDOM_FILE, Checkpoint
 from mmrl.deploy.decoder import TensorSpec
@@ -407,7 +408,9 @@ def create(
     checkpoint = Checkpoint.from_config(configuration(model), dtype, seed)
     with _new_folder(target, checkpoint.tensor_bytes if weights else 0) as folder:
         torch_dtype = str(DTYPES[dtype]).removeprefix("torch.")
-        _write_json(folder / "config.json", {**config, "torch_dtype": torch_dtype})
+        # Without a version transformers takes the tokenizer for one of Mistral's faulty ones.
+        written = {"torch_dtype": torch_dtype, "transformers_version": transformers_version}
+        _write_json(folder / "config.json", config | written)
         ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
         _write_json(folder / "generation_config.json", ids)
         _write_tokenizer(folder, config)

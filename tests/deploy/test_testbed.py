@@ -43,6 +43,8 @@ def read(checkpoint: Checkpoint) -> list[torch.Tensor]:
 def test_the_tokenizer_goes_with_the_model(folders: Callable[[str], Path], name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folders(name))
     config = testbed.MODELS[name].config
+    written = json.loads((folders(name) / "config.json").read_text())
+    assert written["transformers_version"]  # else it may be taken for one of Mistral's faulty ones
     tokens = tokenizer(TEXT).input_ids
     assert tokenizer.decode(tokens) == TEXT
     assert len(tokens) < len(TEXT)  # trained: not a token for each byte

@@ -69,10 +69,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     if start is not None:
         _check_start(config, start, scenarios)
     folder = runs.new_run(config.out, config.name)
-    for scenario in scenarios:
-        write_json(
-            folder / runs.SCENARIOS / f"{scenario.name}.json", scenario.model_dump(mode="json")
-        )
+    for k, scenario in enumerate(scenarios):
+        path = folder / runs.SCENARIOS / f"{k}-{scenario.name}.json"
+        write_json(path, scenario.model_dump(mode="json"))
     write_json(folder / runs.CONFIG, config.model_dump(mode="json"))
     runs.write_provenance(folder)
     return _run(config, scenarios, folder, None, start, progress)
@@ -258,13 +257,11 @@ def read_scenarios(folder: Path, config: TrainConfig) -> list[Scenario]:
     Raises:
         InputError: A file is missing or not of this version.
     """
-    return [
-        _read_scenario(folder / runs.SCENARIOS / f"{Path(name).stem}.json")
-        for name in config.scenarios
-    ]
+    return [_read_scenario(folder / runs.SCENARIOS, k) for k in range(len(config.scenarios))]
 
 
-def _read_scenario(path: Path) -> Scenario:
+def _read_scenario(folder: Path, k: int) -> Scenario:
+    path = next(folder.glob(f"{k}-*.json"), folder / f"{k}-*.json")
     try:
         return Scenario.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:

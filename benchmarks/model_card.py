@@ -14,7 +14,7 @@ from typing import Any
 from mmrl.agents import runs
 from mmrl.agents.export import DESCRIPTION, WEIGHTS, load_policy
 from mmrl.agents.suite import read
-from mmrl.agents.suite_policies import COMPARATORS
+from mmrl.agents.suite_policies import COMPARATORS, FOR
 from mmrl.agents.suite_results import rows_of
 from mmrl.agents.train import read_config, read_scenarios
 from mmrl.errors import InputError
@@ -100,6 +100,13 @@ def benchmark(result: Row, policy: str) -> list[str]:
             f"{row['all_ttft_p99_s']:.2f} ({row['all_ttft_p99_s_reference']:.2f})",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    there = [row for row in result["zero_shot"] if row["policy"] == policy]
+    if there:
+        lines += ["", "Against policies that were trained for the very cells (zero-shot):", ""]
+        lines += ["| cells | their seeds | points of goodput |", "|---|---|---|"]
+    for row in there:
+        cells = row["against"].partition(FOR)[2]
+        lines.append(f"| {cells} | {row['seeds_against']} | {_interval(row, 'goodput', 100)} |")
     losses = [
         row
         for row in result["compared"]
@@ -127,7 +134,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/model_card.md"))
     given = parser.parse_args()
     result = read(given.result)
-    for table in ("pools", "compared"):
+    for table in ("pools", "compared", "zero_shot"):
         result[table] = rows_of(result[table])
     rows = result["pools"]
     if not rows:

@@ -16,7 +16,7 @@ from mmrl.agents.export import FULL, load_policy
 from mmrl.agents.nodes import NodePlan, TrainingNodes
 from mmrl.agents.policy import RARE
 from mmrl.agents.runner import play
-from mmrl.agents.train import CRITIC_FIRST, read_config, resume, train
+from mmrl.agents.train import CRITIC_FIRST, read_config, read_scenarios, resume, train
 from mmrl.cli.app import app
 from mmrl.envs.layout import Layout
 from mmrl.errors import InputError
@@ -298,6 +298,18 @@ def test_wrong_calls_are_explained(message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         raise result.exception
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_finds_its_scenarios_again_whatever_their_names(
+    scenario: str, tmp_path: Path
+) -> None:
+    dotted = tmp_path / "busy-1.5.toml"
+    dotted.write_text(Path(scenario).read_text())
+    config = small(scenario, tmp_path, scenarios=(str(dotted), scenario), steps=512, name="dots")
+    folder = train(config)
+    assert [each.name for each in read_scenarios(folder, config)] == ["busy-1.5", "busy"]
+    resume(folder, steps=1024)
+    assert state(folder)["steps"] == 1024
 
 
 def test_a_damaged_state_is_explained(scenario: str, tmp_path: Path) -> None:

@@ -256,6 +256,7 @@ class Engine:
         while more:
             self.transfers.hold_stream()
             self.node.start_work()
+            self.iterations.leave_preempted()
             taken = self._memory.take_granted()
             more = taken and self.iterations.start()
             self.transfers.start(self._memory.unsettled, self._memory.ungranted)

@@ -22,7 +22,7 @@ from mmrl.deploy.served import Rows, Sequence_, ServedModel
 from mmrl.deploy.streaming import Abandoned, LinkBoundGate
 from mmrl.deploy.transfers import Transfers
 from mmrl.deploy.workers import Done, Inbox, Lane, Launched, Task, Worker
-from mmrl.node.state import DECODE_STEP, IDLE
+from mmrl.node.state import DECODE, DECODE_STEP, IDLE
 
 
 @dataclass(eq=False)
@@ -37,8 +37,8 @@ class Job(Task):
         gate: Of a link-bound iteration.
         number: Of a link-bound iteration.
         result: A token or an exception for each sequence, set by the worker.
-        batch: The place in sequences and result of each sequence that the state counts; all,
-            but for a step ahead of the state some may have left since.
+        batch: The place in sequences and result of each sequence that counts; all, but for a step
+            ahead of the state some may have left since.
         position: Of each sequence's token in a step ahead of the state.
         serial: Of a decode step that was launched as a whole: its number on its runner.
         wait: Waits for it and returns its tokens.
@@ -215,6 +215,12 @@ class Iterations:
         jobs = (self.compute.current, self.link_bound.current, *self.compute.ahead)
         return {job.model for job in jobs if job is not None}
 
+    def leave_preempted(self) -> None:
+        """Take the sequences that do not decode any more out of the steps ahead of the state."""
+        states = self._node.requests["state"]
+        for ahead in self.compute.ahead:
+            ahead.batch = {q: place for q, place in ahead.batch.items() if states[q.row] == DECODE}
+
     def look_ahead(self) -> None:
         """Queue the decode step that surely comes next behind the one that computes."""
         now = self.compute.current
@@ -239,7 +245,7 @@ class Iterations:
                 if now.serial == runner.serial:  # nothing came in between
                     tokens: list[Any] = [-1 - place for place in places]
                 else:
-                    known = now.wait() if now.wait is not None else now.result
+                    known = now.result or (now.wait() if now.wait is not None else [])
                     tokens = [known[place] for place in places]
                 ready = [replace(one, token=t) for one, t in zip(inputs, tokens, strict=True)]
             return _launch(runner, ready, ahead)
@@ -261,11 +267,10 @@ class Iterations:
         """Return the places in a step ahead of the sequences that decode, empty if not all are."""
         if ahead.model != m:
             return {}
-        at = {q: (i, ahead.position[i]) for i, q in enumerate(ahead.sequences)}
         batch: dict[Sequence_, int] = {}
         for sequence in [self._rows[row] for row in self._node.decoding(m)]:
-            place, position = at.get(sequence, (-1, -1))
-            if position != len(sequence.tokens) - 1:
+            place = ahead.batch.get(sequence)
+            if place is None or ahead.position[place] != len(sequence.tokens) - 1:
                 return {}
             batch[sequence] = place
         return batch

@@ -30,6 +30,7 @@ from mmrl.node.actions import (
     LEVEL_100,
     OUT,
     PAUSE,
+    RESUME,
     WAIT,
     encode,
     legal_actions,
@@ -389,6 +390,44 @@ def test_eight_families_share_a_device_and_lose_no_token(closing: list[Fleet]) -
         if s.outs.sum() > 3 and s.preempted.sum() > 0:
             return
     raise AssertionError("hardly anything was put out or preempted")
+
+
+@pytest.mark.parametrize("prompt", [20, 27], ids=["within a block", "at a new block"])
+def test_a_step_ahead_of_a_preempted_sequence_is_computed_again(
+    prompt: int, closing: list[Fleet]
+) -> None:
+    """The KV that the step writes is not in what the host has."""
+    models = checkpoints(2)
+    asked = request(0, prompt, 40, sampling=GREEDY)
+    fleet = fleet_of(models, 3.0, verbs="full")
+    closing.append(fleet)
+    engine, s = fleet.engine, fleet.engine.node.state
+    heard, verb, runner = Listener(engine), decide_by_hand(engine), engine.models[0].runner
+    decode, compute = runner.launch_decode, engine.iterations.compute
+    held = {prompt + 4: threading.Event(), prompt + 5: threading.Event()}  # by position
+
+    def hold(batch: Any, resident: bool) -> Any:
+        if batch[0].position in held:
+            held[batch[0].position].wait(HANGS_S)
+        return decode(batch, resident)
+
+    runner.launch_decode = hold  # type: ignore[method-assign]
+    engine.begin()
+    engine.call(lambda: verb(0, LEVEL_100))
+    engine.submit(0, asked)
+    run(engine, lambda: bool(compute.ahead) and compute.ahead[0].position == (prompt + 5,))
+    engine.call(lambda: verb(0, OUT))
+    run(engine, lambda: bool(s.target[0] == 0))
+    held[prompt + 4].set()
+    run(engine, lambda: bool(s.saved[0] == 1 or engine._memory.unsettled))
+    held[prompt + 5].set()
+    run(engine, lambda: bool(s.saved[0] == 1))
+    engine.call(lambda: verb(0, LEVEL_100))
+    engine.call(lambda: verb(0, PAUSE))  # no step while it loads
+    run(engine, lambda: bool(s.landed[0] == s.pieces[0]))
+    engine.call(lambda: verb(0, RESUME))
+    run(engine, lambda: 0 in heard.finish)
+    assert [heard.tokens[0]] == expected(models, [asked], closing)
 
 
 class Streaming:

@@ -85,6 +85,7 @@ class DeployAdapter:
 
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "policy")
+        self._own_dispatch: int | None = None
         self._answer: Future[int] | None = None
         self._asked_s = 0.0
 
@@ -123,7 +124,10 @@ class DeployAdapter:
         self.prepare(s)
 
     def prepare(self, s: Record) -> None:
-        """Set the dispatch rule that whoever decides was made with."""
+        """Set the dispatch rule that whoever decides was made with, else the node's own."""
+        if self._own_dispatch is None:
+            self._own_dispatch = int(s.dispatch)
+        s.dispatch = self._own_dispatch
         rule = self.policy.rule if isinstance(self.policy, ExportedPolicy) else self.policy
         if self.reverted:
             rule = self.champion

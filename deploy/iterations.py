@@ -211,8 +211,8 @@ class Iterations:
 
     @property
     def models_in_use(self) -> set[int]:
-        """The models of which something computes."""
-        jobs = (self.compute.current, self.link_bound.current, *self.compute.ahead)
+        """The models of which something computes, or is about to."""
+        jobs = (self.compute.current, self.link_bound.current, self.compute.unfinished)
         return {job.model for job in jobs if job is not None}
 
     def leave_preempted(self) -> None:

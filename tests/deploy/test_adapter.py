@@ -14,7 +14,7 @@ from mmrl.deploy.node import LiveNode
 from mmrl.errors import InputError
 from mmrl.node.actions import verb_names
 from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES
-from mmrl.node.state import NEVER
+from mmrl.node.state import DISPATCHES, NEVER
 from mmrl.rules import get_rule
 from tests.deploy.test_node import instant, live
 from tests.sim.scenes import random_scene
@@ -97,6 +97,18 @@ def test_a_rule_decides_at_once(node: LiveNode) -> None:
     adapter.ask(node.nodes, node.table)
     verdict = adapter.poll(node.nodes, node.table)
     assert verdict is not None and verdict.by == "policy" and node.look()[1][verdict.action]
+
+
+def test_a_rule_without_a_dispatch_leaves_the_nodes_own(node: LiveNode) -> None:
+    s = node.state
+    s.dispatch = own = DISPATCHES.index("las")
+    adapter = adapter_of(get_rule("lru"), node)
+    adapter.prepare(s)
+    assert s.dispatch == own
+    adapter.change(get_rule("slack"), s)
+    assert s.dispatch == DISPATCHES.index("edf")
+    adapter.change(get_rule("lru"), s)
+    assert s.dispatch == own
 
 
 def raising(count: int) -> Any:

@@ -614,6 +614,31 @@ def test_memory_that_cannot_be_taken_yet_holds_up_nothing_that_frees_it(
     assert heard.finish[0] is Finish.LENGTH and refused > 0
 
 
+def test_what_a_step_ahead_used_can_be_moved_when_it_has_ended(
+    closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a node whose blocks lie scattered waits for an iteration that waits for memory."""
+    fleet = fleet_of(checkpoints(2), 3.0)
+    closing.append(fleet)
+    engine = fleet.engine
+    heard, iterations, memory = Listener(engine), engine.iterations, engine._memory
+    grow, refused = memory._grow, 0
+
+    def scattered() -> None:
+        nonlocal refused
+        if 0 in iterations.models_in_use:
+            refused += 1
+            raise BudgetExceeded("scattered", "")
+        grow()
+
+    engine.begin()
+    engine.submit(0, request(0, 30, 20))
+    run(engine, lambda: bool(iterations.compute.ahead))
+    monkeypatch.setattr(memory, "_grow", scattered)
+    run(engine, lambda: 0 in heard.finish)
+    assert heard.finish[0] is Finish.LENGTH and refused > 0
+
+
 def one_model(closing: list[Fleet], memory: float = 3.0, **node: Any) -> tuple[Engine, Listener]:
     fleet = fleet_of(checkpoints(2), memory, **node)
     closing.append(fleet)

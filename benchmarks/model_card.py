@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.agents import runs
+from mmrl.agents.config import TrainConfig
 from mmrl.agents.export import DESCRIPTION, WEIGHTS, load_policy
 from mmrl.agents.suite import read
 from mmrl.agents.suite_policies import COMPARATORS, FOR
@@ -43,7 +44,7 @@ def training(folder: Path) -> list[str]:
         f"| residual on | {prior} |",
         f"| decisions | {card.steps:,} (of {int(last['step']):,}; the best on development seeds) |",
         f"| seed | {card.seed} |",
-        f"| started from | {Path(config.start).name if config.start else 'nothing'} |",
+        f"| started from | {_start(config)} |",
         f"| nodes | {config.envs} side by side, {config.rollout_steps} decisions a rollout |",
         f"| made with | {', '.join(f'{k} {v}' for k, v in sorted(card.versions.items()))} |",
         f"| commit | {card.git_commit or 'unknown'} |",
@@ -57,6 +58,19 @@ def training(folder: Path) -> list[str]:
         for part in scenario.parts():
             lines.append(_scenario_row(scenario.name, part))
     return lines
+
+
+def _start(config: TrainConfig) -> str:
+    """Describe what a run went on from."""
+    if not config.start:
+        return "nothing"
+    folder = Path(config.start)
+    if not (folder / runs.CONFIG).is_file():
+        return folder.name
+    first, steps = read_config(folder), int(runs.read_metrics(folder).iloc[-1]["step"])
+    scenarios = ", ".join(f"`{name}`" for name in first.scenarios)
+    before = f", these from {_start(first)}" if first.start else ""
+    return f"{steps:,} decisions of {scenarios} with {first.verbs} verbs{before}"
 
 
 def _scenario_row(name: str, part: Scenario) -> str:

@@ -1,6 +1,7 @@
 """A frozen benchmark's ``result.json`` in a report: its cells as places, its pools and targets.
 
-The best rule of a cell is that of the stronger comparator there: the one with more goodput.
+The best rule of a cell is that of the stronger comparator there: the one with more goodput. Training
+seeds of one policy stand in the pools one by one, in the cells as their mean.
 """
 
 from pathlib import Path
@@ -55,13 +56,15 @@ def read_suite(path: Path) -> Results:
         names = ("platform", "family", "variation", "group", "origin", "trace")
         groups.setdefault(tuple(cell[name] for name in names), []).append(cell)
     figures = rows_of(result["figures"])
+    boards = [_board(result, some, figures, compared, kinds, members) for some in groups.values()]
+    placed = {row["policy"] for board in boards for row in board["rows"]}
     summary = {
         "version": FORMAT,
-        "boards": [
-            _board(result, some, figures, compared, kinds, members) for some in groups.values()
-        ],
+        "boards": boards,
         "policies": [
-            {"name": name, "kind": kind, "path": None, "run": None} for name, kind in kinds.items()
+            {"name": name, "kind": kind, "path": None, "run": None}
+            for name, kind in kinds.items()
+            if name in placed
         ],
         "provenance": result["provenance"]
         | {"split": cells[0]["split"], "episodes": result["episodes"]}
@@ -109,7 +112,8 @@ def _board(
         mine = {row["policy"]: row for row in figures if row["cell"] == cell["cell"]}
         for group, names in members.items():
             if all(one in mine for one in names):
-                mine[group] = _mean([mine[one] for one in names]) | {"policy": group}
+                seeds = [mine.pop(one) for one in names]
+                mine[group] = _mean(seeds) | {"policy": group}
         versus = [row for row in compared if row["cell"] == cell["cell"]]
         rows += _rows(cell, mine, versus, kinds)
     loads = sorted({cell["load"] for cell in cells})

@@ -42,7 +42,8 @@ class TrainConfig(BaseModel):
         rollout_steps: Decisions of each node between two updates.
         batch_size: Decisions of a gradient step.
         epochs: Passes over a rollout.
-        learning_rate: At the start; goes to 0 linearly.
+        learning_rate: At the start; goes to 0 linearly. Unless given .004, and .001 for a policy
+            to go on from: on little data it would unlearn more than it gains.
         kl: Weight of the divergence from the rule: what a deviation must gain to be learned; where
             loads take long, as much more. Without a prior it is that of an entropy bonus.
         clip: PPO's clip range.
@@ -86,7 +87,7 @@ class TrainConfig(BaseModel):
     rollout_steps: Count = 128
     batch_size: Count = 2048
     epochs: Count = 2
-    learning_rate: Positive = 4e-3
+    learning_rate: Positive | None = None
     kl: NotNegative = 0.003
     clip: Positive = 0.2
     discount_s: Positive = 15.0

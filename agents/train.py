@@ -33,6 +33,8 @@ from mmrl.scenarios.schema import Scenario
 
 ANY_FLEET = "universal"  # scenario whose tuned rules suit others too
 CRITIC_FIRST = 8  # iterations until a fresh critic knows what the policy is worth
+LEARNING_RATE = 4e-3
+LEARNING_RATE_ON = 1e-3  # of a policy to go on from
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Path:
@@ -63,6 +65,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         update = {"prior_rule": PriorRule.of(rule) if rule else None}
     if config.critic_first is None and critic_of(config.start or "") is None:
         update["critic_first"] = CRITIC_FIRST
+    if config.learning_rate is None:
+        update["learning_rate"] = LEARNING_RATE if start is None else LEARNING_RATE_ON
     if not config.name:
         update["name"] = "-".join([*(s.name for s in scenarios), f"s{config.seed}"])
     config = config.model_copy(update=update)
@@ -176,7 +180,7 @@ def _run(
             critic_first=config.critic_first or 0,
             threads=config.threads,
             device=config.device,
-            learning_rate=_linear(config.learning_rate),
+            learning_rate=_linear(config.learning_rate or LEARNING_RATE),
             n_steps=config.rollout_steps,
             batch_size=config.batch_size,
             n_epochs=config.epochs,

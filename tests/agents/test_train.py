@@ -16,7 +16,15 @@ from mmrl.agents.export import FULL, load_policy
 from mmrl.agents.nodes import NodePlan, TrainingNodes
 from mmrl.agents.policy import RARE
 from mmrl.agents.runner import play
-from mmrl.agents.train import CRITIC_FIRST, read_config, read_scenarios, resume, train
+from mmrl.agents.train import (
+    CRITIC_FIRST,
+    LEARNING_RATE,
+    LEARNING_RATE_ON,
+    read_config,
+    read_scenarios,
+    resume,
+    train,
+)
 from mmrl.cli.app import app
 from mmrl.envs.layout import Layout
 from mmrl.errors import InputError
@@ -219,6 +227,7 @@ def test_training_goes_on_from_a_policy(scenario: str, tmp_path: Path) -> None:
             assert np.array_equal(begun.weights[name], array)
         kept = read_config(folder)
         assert kept.width == trained.card.width
+        assert kept.learning_rate == LEARNING_RATE_ON < LEARNING_RATE
         assert kept.critic_first == (None if start == first else CRITIC_FIRST)
         ended = load_policy(folder / runs.LAST)
         moved = any(not np.array_equal(ended.weights[n], w) for n, w in begun.weights.items())

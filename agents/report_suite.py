@@ -1,7 +1,7 @@
 """A frozen benchmark's ``result.json`` in a report: its cells as places, its pools and targets.
 
-The best rule of a cell is that of the stronger comparator there: the one with more goodput. Training
-seeds of one policy stand in the pools one by one, in the cells as their mean.
+The best rule of a cell is that of the stronger comparator there: the one with more goodput.
+Training seeds of one policy stand in the pools one by one, in the cells as their mean.
 """
 
 from pathlib import Path

@@ -37,6 +37,7 @@ from mmrl.rules import Rule
 
 FAILURES = 3  # failed iterations in a row after which a model is quarantined
 DECISIONS = 100  # that the engine remembers
+STANDSTILL_S = 1.0  # without memory that was granted, until the log tells
 
 log = logging.getLogger("mmrl.engine")
 
@@ -102,7 +103,7 @@ class Engine:
             D2H: self.transfers.d2h,
         }
         self.foreseen_compute_end = False
-        self._stuck = False
+        self._short_since: float | None = None
         self._numbers: dict[int, Sequence_] = {}
         self._cancelling: list[Sequence_] = []
         self._new: list[Sequence_] = []
@@ -260,12 +261,29 @@ class Engine:
             taken = self._memory.take_granted()
             more = taken and self.iterations.start()
             self.transfers.start(self._memory.unsettled, self._memory.ungranted)
-        busy = any(lane.current or lane.unfinished for lane in self._lanes.values())
-        if not taken and not busy and not self._stuck:
-            log.error("memory that was granted cannot be taken, and nothing that ends will free it")
-        self._stuck = not taken and not busy
+        self._watch_memory(taken)
         if taken and not self._memory.unsettled:
             self.iterations.look_ahead()
+
+    def _watch_memory(self, taken: bool) -> None:
+        """Tell the log when memory that was granted has not been had for long.
+
+        No iteration starts meanwhile.
+        """
+        now = time.monotonic()
+        if taken:
+            self._short_since = None
+        elif self._short_since is None:
+            self._short_since = now
+        elif now - self._short_since > STANDSTILL_S:
+            self._short_since = now
+            log.error(
+                "memory that was granted cannot be taken: weights of %s wait, and KV of %d "
+                "requests; at work: %s",
+                [self.names[m] for m in self._memory.ungranted],
+                len(self._memory.unsettled),
+                [name for name, lane in self._lanes.items() if lane.current or lane.unfinished],
+            )
 
     # ------------------------------------------------------------------ decisions
 

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, Qwen2Config
 
 from mmrl.agents.export import ExportedPolicy
+from mmrl.deploy import engine as engine_module
 from mmrl.deploy.checkpoint import Checkpoint
 from mmrl.deploy.clock import RealTime, SimulatedTime
 from mmrl.deploy.config import build_config
@@ -637,6 +638,28 @@ def test_what_a_step_ahead_used_can_be_moved_when_it_has_ended(
     monkeypatch.setattr(memory, "_grow", scattered)
     run(engine, lambda: 0 in heard.finish)
     assert heard.finish[0] is Finish.LENGTH and refused > 0
+
+
+def test_the_log_says_that_a_node_stands_still(
+    closing: list[Fleet], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = fleet_of(checkpoints(2), 3.0)
+    closing.append(fleet)
+    engine, heard, memory = fleet.engine, Listener(fleet.engine), fleet.engine._memory
+    grow = memory._grow
+
+    def scattered() -> None:
+        if not caplog.records:
+            raise BudgetExceeded("scattered", "")
+        grow()
+
+    monkeypatch.setattr(engine_module, "STANDSTILL_S", 0.3)
+    monkeypatch.setattr(memory, "_grow", scattered)
+    engine.begin()
+    engine.submit(0, request(1, 30, 5))
+    run(engine, lambda: 0 in heard.finish)
+    (record,) = caplog.records
+    assert "weights of ['m1'] wait" in record.getMessage()
 
 
 def one_model(closing: list[Fleet], memory: float = 3.0, **node: Any) -> tuple[Engine, Listener]:

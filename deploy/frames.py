@@ -95,8 +95,9 @@ class Driver:
 class Frames:
     """The physical memory of a device, in frames that go from one place to the next.
 
-    A part is backed by as few frames as its size allows. When it is dropped its frames stay where
-    they are, for the part may come back first; they are unmapped when another needs them.
+    A part is backed by as few frames as its size allows and as there are: eight small ones go for
+    a large one before they are given back to the driver for it. When a part is dropped its frames
+    stay where they are, for it may come back first; they are unmapped when another needs them.
 
     Args:
         driver: Of the device.
@@ -117,6 +118,8 @@ class Frames:
         self._free: dict[int, list[Any]] = {size: [] for size in self._sizes}
         self._used: dict[int, list[tuple[int, Any]]] = {}  # address -> sizes and handles
         self._stale: dict[int, list[tuple[int, Any]]] = {}  # the same, in order of dropping
+        # Addresses of the stale parts that have a frame of a size, in order of dropping.
+        self._stale_with: dict[int, dict[int, None]] = {size: {} for size in self._sizes}
 
     def map(self, parts: Iterable[tuple[int, int]]) -> None:
         """Back parts with memory, all or none; what is, or whose frames are still there, stays.
@@ -129,7 +132,7 @@ class Frames:
         kept = [(at, nbytes) for at, nbytes in missing if self._bytes_stale(at) == nbytes]
         made: list[tuple[int, int]] = []
         for at, _ in kept:
-            self._used[at] = self._stale.pop(at)
+            self._used[at] = self._pop_stale(at)
         try:
             for at, nbytes in missing:
                 if at not in self._used:
@@ -148,7 +151,13 @@ class Frames:
     def _back(self, address: int, nbytes: int) -> None:
         """Map frames behind a part; what there is of them is noted even if one is missing."""
         frames = self._used[address] = []
-        for size in self._cut(nbytes):
+        large, small = self.SIZES
+        sizes = self._cut(nbytes)[::-1]
+        while sizes:
+            size = sizes.pop()
+            if size == large and not self._can_have(large):
+                sizes += [small] * (large // small)
+                continue
             handle = self._take(size)
             try:
                 self.driver.map(address, size, handle)
@@ -166,11 +175,24 @@ class Frames:
         frames = self._used.pop(address, None)
         if frames is not None:
             self._stale[address] = frames
+            for size, _ in frames:
+                self._stale_with[size][address] = None
+
+    def _pop_stale(self, address: int) -> list[tuple[int, Any]]:
+        frames = self._stale.pop(address)
+        for size, _ in frames:
+            self._stale_with[size].pop(address, None)
+        return frames
 
     def unmap_within(self, address: int, nbytes: int) -> None:
         """Unmap what has been dropped within some addresses."""
         for start in [start for start in self._stale if address <= start < address + nbytes]:
-            self._unmap(start, self._stale.pop(start))
+            self._unmap(start, self._pop_stale(start))
+
+    def _can_have(self, size: int) -> bool:
+        """Whether there is a frame of a size that nobody uses, or room for one."""
+        room = self.total_bytes + size <= self._limit_bytes
+        return room or bool(self._free[size] or self._stale_with[size])
 
     def _cut(self, nbytes: int) -> list[int]:
         sizes = []
@@ -197,8 +219,7 @@ class Frames:
 
     def _find(self, size: int) -> bool:
         """Make one step towards a free frame of a size; return whether there was one to make."""
-        fitting = (at for at, frames in self._stale.items() if size in [one for one, _ in frames])
-        at = next(fitting, None)
+        at = next(iter(self._stale_with[size]), None)
         spare = next((other for other in self._sizes if self._free[other]), None)
         if at is None and spare is not None:
             self._release(spare)  # makes room for one of the other size
@@ -207,7 +228,7 @@ class Frames:
             at = next(iter(self._stale), None)
         if at is None:
             return False
-        self._unmap(at, self._stale.pop(at))
+        self._unmap(at, self._pop_stale(at))
         return True
 
     def limit(self, nbytes: int) -> None:
@@ -218,7 +239,7 @@ class Frames:
     def close(self) -> None:
         """Give all frames back to the driver that are not in use."""
         for at in list(self._stale):
-            self._unmap(at, self._stale.pop(at))
+            self._unmap(at, self._pop_stale(at))
         for size in self._sizes:
             while self._free[size]:
                 self._release(size)

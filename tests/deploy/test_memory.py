@@ -244,6 +244,24 @@ def test_what_comes_back_before_anybody_needs_it_is_not_mapped_again(
     assert driver.calls == calls and driver.covers(base_of(space), 40 * g)
 
 
+def test_small_frames_go_for_a_large_one_before_any_is_given_back(
+    cuda: tuple[FakeDriver, DeviceMemory],
+) -> None:
+    driver, memory = cuda
+    g = driver.granule
+    blocks, weights = memory.reserve(50 * g), memory.reserve(100 * g)
+    blocks.commit(0, 48 * g, part=4 * g)
+    made = set(driver.sizes)
+    blocks.decommit(0, 48 * g)
+    weights.commit(0, 64 * g)  # there is room for one large frame beside the twelve small ones
+    assert made <= set(driver.sizes) and driver.covers(base_of(weights), 64 * g)
+    behind = [size // g for at, (size, _) in sorted(driver.mapped.items()) if at >= base_of(weights)]
+    assert behind == [32, *[4] * 8]
+    weights.decommit(0, 64 * g)
+    blocks.commit(0, 48 * g, part=4 * g)
+    assert made <= set(driver.sizes) and driver.covers(base_of(blocks), 48 * g)
+
+
 def test_parts_side_by_side_are_opened_and_unmapped_at_once(
     cuda: tuple[FakeDriver, DeviceMemory],
 ) -> None:

@@ -255,7 +255,8 @@ def test_small_frames_go_for_a_large_one_before_any_is_given_back(
     blocks.decommit(0, 48 * g)
     weights.commit(0, 64 * g)  # there is room for one large frame beside the twelve small ones
     assert made <= set(driver.sizes) and driver.covers(base_of(weights), 64 * g)
-    behind = [size // g for at, (size, _) in sorted(driver.mapped.items()) if at >= base_of(weights)]
+    base = base_of(weights)
+    behind = [size // g for at, (size, _) in sorted(driver.mapped.items()) if at >= base]
     assert behind == [32, *[4] * 8]
     weights.decommit(0, 64 * g)
     blocks.commit(0, 48 * g, part=4 * g)

@@ -191,8 +191,10 @@ class Frames:
 
     def _can_have(self, size: int) -> bool:
         """Whether there is a frame of a size that nobody uses, or room for one."""
-        room = self.total_bytes + size <= self._limit_bytes
-        return room or bool(self._free[size] or self._stale_with[size])
+        return self._has_room(size) or bool(self._free[size] or self._stale_with[size])
+
+    def _has_room(self, size: int) -> bool:
+        return self.total_bytes + size <= self._limit_bytes
 
     def _cut(self, nbytes: int) -> list[int]:
         sizes = []
@@ -204,8 +206,7 @@ class Frames:
     def _take(self, size: int) -> Any:
         """Return an unmapped frame of a size."""
         while not self._free[size]:
-            room = self.total_bytes + size <= self._limit_bytes
-            if not room and self._find(size):
+            if not self._has_room(size) and self._find(size):
                 continue
             try:
                 handle = self.driver.create(size)

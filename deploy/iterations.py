@@ -41,7 +41,7 @@ class Job(Task):
             ahead of the state some may have left since.
         position: Of each sequence's token in a step ahead of the state.
         serial: Of a decode step that was launched as a whole: its number on its runner.
-        wait: Waits for it and returns its tokens.
+        wait: Waits for it and returns its tokens; until then, and of any other iteration, nothing.
     """
 
     model: int
@@ -54,7 +54,7 @@ class Job(Task):
     batch: dict[Sequence_, int] = field(default_factory=dict)
     position: tuple[int, ...] = ()
     serial: int = -1
-    wait: Callable[[], list[int]] | None = None
+    wait: Callable[[], list[int]] = list
 
     def __post_init__(self) -> None:
         self.batch = {sequence: place for place, sequence in enumerate(self.sequences)}
@@ -245,7 +245,7 @@ class Iterations:
                 if now.serial == runner.serial:  # nothing came in between
                     tokens: list[Any] = [-1 - place for place in places]
                 else:
-                    known = now.result or (now.wait() if now.wait is not None else [])
+                    known = now.result or now.wait()
                     tokens = [known[place] for place in places]
                 ready = [replace(one, token=t) for one, t in zip(inputs, tokens, strict=True)]
             return _launch(runner, ready, ahead)

@@ -619,10 +619,8 @@ def test_what_a_step_ahead_used_can_be_moved_when_it_has_ended(
     closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a node whose blocks lie scattered waits for an iteration that waits for memory."""
-    fleet = fleet_of(checkpoints(2), 3.0)
-    closing.append(fleet)
-    engine = fleet.engine
-    heard, iterations, memory = Listener(engine), engine.iterations, engine._memory
+    engine, heard = one_model(closing)
+    iterations, memory = engine.iterations, engine._memory
     grow, refused = memory._grow, 0
 
     def scattered() -> None:
@@ -632,7 +630,6 @@ def test_what_a_step_ahead_used_can_be_moved_when_it_has_ended(
             raise BudgetExceeded("scattered", "")
         grow()
 
-    engine.begin()
     engine.submit(0, request(0, 30, 20))
     run(engine, lambda: bool(iterations.compute.ahead))
     monkeypatch.setattr(memory, "_grow", scattered)
@@ -643,9 +640,8 @@ def test_what_a_step_ahead_used_can_be_moved_when_it_has_ended(
 def test_the_log_says_that_a_node_stands_still(
     closing: list[Fleet], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fleet = fleet_of(checkpoints(2), 3.0)
-    closing.append(fleet)
-    engine, heard, memory = fleet.engine, Listener(fleet.engine), fleet.engine._memory
+    engine, heard = one_model(closing)
+    memory = engine._memory
     grow = memory._grow
 
     def scattered() -> None:
@@ -655,7 +651,6 @@ def test_the_log_says_that_a_node_stands_still(
 
     monkeypatch.setattr(engine_module, "STANDSTILL_S", 0.3)
     monkeypatch.setattr(memory, "_grow", scattered)
-    engine.begin()
     engine.submit(0, request(1, 30, 5))
     run(engine, lambda: 0 in heard.finish)
     (record,) = caplog.records

@@ -336,7 +336,8 @@ class Engine:
     def _end_compute(self) -> None:
         job, done = self.iterations.end_compute()
         if done.error is not None:
-            self._fail(job, done.error)
+            if not job.position:  # a step ahead is started again, and then only the guilty fail
+                self._fail(job, done.error)
             return
         if self.watch is not None:
             self.watch("iteration", (job, done))

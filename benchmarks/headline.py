@@ -6,13 +6,15 @@
 
 Each repeat is another test episode of the scenario; within it every policy gets the same requests
 at the same instants, in an order that is turned round from one repeat to the next. What is finished
-is kept: the same command goes on, and two nodes may take a repeat each (``--repeats 0``). Intervals
-resample blocks of ten seconds of arrivals, the same blocks for all policies, since what happens to
-requests that come together is not independent.
+is kept: the same command goes on, and two nodes may take a repeat each (``--repeats 0``). The node
+simulated beside sets as much memory apart as the server measured. Intervals resample blocks of ten
+seconds of arrivals, the same blocks for all policies, since what happens to requests that come
+together is not independent.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -22,7 +24,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmrl.files import write_json
+from mmrl.files import atomic_write, write_json
+from mmrl.node.state import new_nodes, new_requests
+from mmrl.scenarios.registry import get_scenario
+from mmrl.scenarios.seeds import episode_rng
 from mmrl.stats import Interval, bootstrap
 
 SCENARIO = Path(__file__).with_name("headline.toml")
@@ -34,7 +39,28 @@ LIVE = "live"
 RULE_COLOR, LEARNED_COLOR = "#8fa3bf", "#2f7de1"
 
 
-def serve(url: str, policy: str, repeat: int, folder: Path) -> None:
+def scenario_like(url: str, folder: Path) -> Path:
+    """Write the scenario with the memory that a server has to give, and return the file.
+
+    A server measures what it sets apart of its budget; the simulator adds it up from the profiles.
+    """
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        found = re.search(r"^mmrl_memory_reserve_bytes (\S+)", answer.read().decode(), re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"{url} does not say what memory it sets apart: is it mmrl serve?")
+    sampler = get_scenario(SCENARIO).sampler()
+    node = new_nodes(1)[0]
+    sampler.draw(episode_rng("test", 0), node, new_requests(1, sampler.capacity)[0])
+    apart_gb, foreseen_gb = float(found[1]) / 1e9, int(node["reserve_bytes"]) / 1e9
+    budget_gb = int(node["budget_bytes"]) / 1e9 + foreseen_gb - apart_gb
+    print(f"the server sets {apart_gb:.2f} GB apart; the profiles add up to {foreseen_gb:.2f} GB")
+    text = re.sub(r"(?m)^budget_gb = .*$", f"budget_gb = {budget_gb:.3f}", SCENARIO.read_text())
+    with atomic_write(folder / SCENARIO.name) as file:
+        file.write(text)
+    return folder / SCENARIO.name
+
+
+def serve(url: str, policy: str, repeat: int, scenario: Path, folder: Path) -> None:
     """Let a policy serve an episode, and simulate it on the same arrivals."""
     key = os.environ.get("MMRL_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -42,7 +68,7 @@ def serve(url: str, policy: str, repeat: int, folder: Path) -> None:
     with urllib.request.urlopen(change, timeout=60):
         pass
     main = "import sys; sys.argv[0] = 'mmrl'; from mmrl.cli.app import main; main()"
-    command = [sys.executable, "-c", main, "replay", "--url", url, "--scenario", str(SCENARIO)]
+    command = [sys.executable, "-c", main, "replay", "--url", url, "--scenario", str(scenario)]
     command += ["--split", "test", "--episode", str(repeat), "--simulate", policy]
     subprocess.run([*command, "--name", LIVE, "--out", str(folder)], check=True)
 
@@ -162,11 +188,13 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, nargs="+", default=(0, 1), help="test episodes")
     parser.add_argument("--policies", nargs="+", default=POLICIES)
     arguments = parser.parse_args()
-    for repeat in arguments.repeats if arguments.url else ():
+    url = (arguments.url or "").rstrip("/")
+    for repeat in arguments.repeats if url else ():
+        scenario = scenario_like(url, arguments.out / f"node-{repeat}")
         for policy in arguments.policies[:: -1 if repeat % 2 else 1]:
             folder = arguments.out / RUN.format(repeat=repeat, policy=policy)
             if not (folder / "summary.json").exists():
-                serve(arguments.url.rstrip("/"), policy, repeat, folder)
+                serve(url, policy, repeat, scenario, folder)
     found = table(*read(arguments.out))
     for row in found:
         low, high = (100 * bound for bound in row["goodput"][1:])

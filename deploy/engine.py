@@ -456,6 +456,7 @@ class Engine:
         self.inbox.wait(lambda: self.iterations.ahead_model < 0)
         self._memory.give_back()
         moved = self.node.compact()
+        self._memory.unsettled = [int(moved[row]) for row in self._memory.unsettled]
         sequences = list(self._rows.values())
         self._rows.clear()
         for sequence in sequences:

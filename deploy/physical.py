@@ -64,7 +64,7 @@ class PhysicalMemory:
                 weights.set_granted(weights.choose(pieces - 1) if pieces else None)
         self._transfers.free_saved()
         left = []
-        for row in self.unsettled + self._node.kv_changes():
+        for row in dict.fromkeys(self.unsettled + self._node.kv_changes()):
             sequence = self._rows[row]
             pool, blocks = self._models[sequence.model].pool, self._node.blocks(row)
             if blocks > len(pool.table(sequence.number)) or sequence.model == running:

@@ -637,6 +637,47 @@ def test_what_a_step_ahead_used_can_be_moved_when_it_has_ended(
     assert heard.finish[0] is Finish.LENGTH and refused > 0
 
 
+@pytest.mark.parametrize("then", ["leave", "move to another row"])
+def test_a_request_that_waits_for_blocks_can(
+    then: str, closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two whose KV is to be restored, where blocks lie scattered."""
+    engine, heard = one_model(closing)
+    verb, s, memory, short = decide_by_hand(engine), engine.node.state, engine._memory, True
+    grow = memory._grow
+
+    def scattered() -> None:
+        if short and memory.unsettled:
+            raise BudgetExceeded("scattered", "")
+        grow()
+
+    engine.submit(0, request(0, 10, 3))
+    engine.call(lambda: verb(0, LEVEL_100))
+    run(engine, lambda: 0 in heard.finish)
+    two = (1, 2)
+    for number in two:
+        engine.submit(number, request(0, 30, 60))
+    run(engine, lambda: all(len(heard.tokens.get(number, [])) > 2 for number in two))
+    engine.call(lambda: verb(0, OUT))
+    run(engine, lambda: s.saved[0] == 2 and not memory.unsettled)
+    monkeypatch.setattr(memory, "_grow", scattered)
+    engine.call(lambda: verb(0, LEVEL_100))
+    run(engine, lambda: len(memory.unsettled) == 2)
+    if then == "leave":
+        for number in two:
+            engine.cancel(number)
+    else:
+        engine._compact()
+    engine.run_instant()
+    short = False
+    run(engine, lambda: len(heard.finish) == 3)
+    finish = Finish.CANCELLED if then == "leave" else Finish.LENGTH
+    assert [heard.finish[number] for number in two] == [finish, finish]
+    engine.submit(3, request(0, 10, 5))
+    run(engine, lambda: 3 in heard.finish)
+    assert len(heard.tokens[3]) == 5 and engine.models[0].pool.blocks == 0
+
+
 def test_the_log_says_that_a_node_stands_still(
     closing: list[Fleet], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -29,6 +29,7 @@ from mmrl.deploy.physical import PhysicalMemory
 from mmrl.deploy.protocol import Decision, Finish, Generate, Tokens
 from mmrl.deploy.reasons import reason
 from mmrl.deploy.served import Rows, Sequence_, ServedModel
+from mmrl.deploy.streaming import Abandoned
 from mmrl.deploy.transfers import Transfers
 from mmrl.deploy.workers import Inbox, Lane, Worker
 from mmrl.node.actions import LEVEL_100, VERBS, WAIT, decode
@@ -268,7 +269,8 @@ class Engine:
     def _watch_memory(self, taken: bool) -> None:
         """Tell the log when memory that was granted has not been had for long.
 
-        No iteration starts meanwhile.
+        No iteration starts meanwhile. If nothing is at work but a link-bound iteration whose layers
+        come behind what waits for memory, that is given up: its blocks can be moved then.
         """
         now = time.monotonic()
         if taken:
@@ -277,13 +279,17 @@ class Engine:
             self._short_since = now
         elif now - self._short_since > STANDSTILL_S:
             self._short_since = now
+            lanes = self._lanes.items()
+            at_work = [name for name, lane in lanes if lane.current or lane.unfinished]
             log.error(
                 "memory that was granted cannot be taken: weights of %s wait, and KV of %d "
                 "requests; at work: %s",
                 [self.names[m] for m in self._memory.ungranted],
                 len(self._memory.unsettled),
-                [name for name, lane in self._lanes.items() if lane.current or lane.unfinished],
+                at_work,
             )
+            if at_work == [LINK_BOUND] and self.transfers.gate is not None:
+                self.transfers.gate.cancel()
 
     # ------------------------------------------------------------------ decisions
 
@@ -397,7 +403,7 @@ class Engine:
 
     def _fail(self, job: Job, error: BaseException) -> None:
         """Deal with an iteration that raised as a whole."""
-        memory = isinstance(error, torch.OutOfMemoryError | OutOfDeviceMemory)
+        memory = isinstance(error, torch.OutOfMemoryError | OutOfDeviceMemory | Abandoned)
         self.node.fail_iteration(job.model, link_bound=job.gate is not None, out=memory)
         self._count_failure(job.model, error)
         if memory:

@@ -109,6 +109,10 @@ class Iterations:
             return False
         m, kind, tokens = int(s.gpu_model), int(s.gpu_kind), int(s.gpu_tokens)
         if s.gpu_link_bound:
+            if s.lb_abandoned and self._real:  # before there was memory for it to begin
+                self._node.end_compute()
+                self._inbox.put(None)  # what it held can be settled
+                return True
             if self.link_bound.current is not None or s.lb_abandoned:
                 return False  # under a simulated clock its compute has not ended yet
             self._start_link_bound(m, kind, tokens)

@@ -98,8 +98,11 @@ class Transfers:
         """
         s = self._node.state
         kind = int(s.h2d_kind)
-        waits = (kind == LINK_RESTORE and int(s.h2d_request) in unsettled) or (
-            kind == LINK_LOAD and int(s.h2d_model) in ungranted
+        begins = s.h2d_request == s.lb_id and s.lb_kind != IDLE and not s.lb_abandoned
+        waits = (
+            (kind == LINK_RESTORE and int(s.h2d_request) in unsettled)
+            or (kind == LINK_LOAD and int(s.h2d_model) in ungranted)
+            or (kind == LINK_STREAM and begins and self.gate is None and self._ahead)
         )
         if kind != LINK_IDLE and self.h2d.current is None and not waits:
             of = self._subject(kind)
@@ -159,8 +162,10 @@ class Transfers:
         if isinstance(of, LinkBoundGate):
             return of.stream_next()
         s, m = self._node.state, self._models.index(of)
-        piece = of.weights.claim_piece(int(min(s.target[m], s.granted[m])) - 1)
-        if piece is None:  # it came ahead, for a load that ended early
+        pieces = int(min(s.target[m], s.granted[m]))
+        # None: it came ahead, for a load that ended early, or the load was given up unbegun
+        piece = of.weights.claim_piece(pieces - 1) if pieces else None
+        if piece is None:
             return _nothing
         return functools.partial(of.weights.start_piece, piece)
 

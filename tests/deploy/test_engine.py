@@ -22,6 +22,7 @@ from mmrl.deploy.fleet import Fleet, open_fleet
 from mmrl.deploy.memory import BudgetExceeded, OutOfDeviceMemory
 from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
 from mmrl.deploy.reasons import reason
+from mmrl.deploy.served import Sequence_
 from mmrl.deploy.streaming import StreamSlots
 from mmrl.deploy.testbed import MODELS, configuration
 from mmrl.node.actions import (
@@ -635,6 +636,54 @@ def test_what_a_step_ahead_used_can_be_moved_when_it_has_ended(
     monkeypatch.setattr(memory, "_grow", scattered)
     run(engine, lambda: 0 in heard.finish)
     assert heard.finish[0] is Finish.LENGTH and refused > 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_happens_while_memory_is_short_no_token_is_lost(
+    seed: int, closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random decisions, cancellations, moves of rows; memory can be had when nothing uses it."""
+    models, rng = checkpoints(), np.random.default_rng(seed)
+    asked = [one for _, one in script(seed, 20, len(models))]
+    wanted = expected(models, asked, closing)
+    fleet = fleet_of(models, 0.62, verbs=("core", "full")[seed % 2])
+    closing.append(fleet)
+    engine, s = fleet.engine, fleet.engine.node.state
+    heard, memory, transfers = Listener(engine), engine._memory, engine.transfers
+    grow, cancelled = memory._grow, set()
+
+    def scattered() -> None:
+        used = engine.iterations.models_in_use or any(
+            isinstance(one, Sequence_) for one in transfers.moving
+        )
+        if used and (memory.unsettled or memory.ungranted) and rng.random() < 0.8:
+            raise BudgetExceeded("scattered", "")
+        grow()
+
+    decide_at_random(engine, rng, 0.5)
+    monkeypatch.setattr(engine_module, "STANDSTILL_S", 0.3)
+    monkeypatch.setattr(memory, "_grow", scattered)
+    s.gap_ns = 1_000_000
+    engine.begin()
+    for number, one in enumerate(asked):
+        engine.call(lambda number=number, one=one: engine.submit(number, one))
+    begun = time.monotonic()
+    while len(heard.finish) < len(asked):
+        assert time.monotonic() - begun < HANGS_S, "it does not come to an end"
+        match rng.integers(50):
+            case 0:
+                engine.call(engine._compact)
+            case 1:
+                cancelled.add(int(rng.integers(len(asked))))
+                engine.call(lambda: [engine.cancel(number) for number in cancelled])
+        engine.run_instant()
+    run(engine, lambda: s.in_system == 0 and not any(model.pool.blocks for model in engine.models))
+    for number, tokens in enumerate(wanted):
+        got = heard.tokens[number]
+        if number in cancelled:
+            assert got == tokens[: len(got)]
+        else:
+            assert got == tokens
 
 
 @pytest.mark.parametrize("then", ["leave", "move to another row"])

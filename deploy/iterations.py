@@ -117,11 +117,11 @@ class Iterations:
                 return False  # under a simulated clock its compute has not ended yet
             self._start_link_bound(m, kind, tokens)
             return self._real
-        if self._idle_since_ns is not None:
-            self.overhead_ns += time.monotonic_ns() - self._idle_since_ns
         if not self._adopt(m, kind):
             run, job = self._prepare(m, kind, tokens)
             self.compute.start(functools.partial(run, True), job)
+            if self._idle_since_ns is not None:
+                self.overhead_ns += time.monotonic_ns() - self._idle_since_ns
         return False
 
     def end_compute(self) -> tuple[Job, Done]:

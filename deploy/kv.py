@@ -32,7 +32,8 @@ BLOCK_TOKENS = 16
 Table = npt.NDArray[np.int32]
 
 _CUDA_UNIT_GRANULES = 4  # mapping memory costs by the call: 8 MiB at once
-_LARGE_COPY_BYTES = 1 << 20  # from here on, starting copies costs less than they take
+_MOVES = 64  # blocks that are moved at once, before it is known whether more have to be
+_LARGE_COPY_BYTES = 1 << 18  # from here on, starting copies costs less than they take
 _STAGING_BYTES = 32 << 20
 
 
@@ -148,30 +149,10 @@ class KVPool:
         """
         moved = 0
         while self.committed_bytes > self.blocks * self.block_bytes + self.slack_bytes:
-            places = sorted(
-                (
-                    (int(block), key, place)
-                    for key, table in self._tables.items()
-                    if key in movable
-                    for place, block in enumerate(table)
-                ),
-                reverse=True,
-            )
-            holes = sorted(self._free)
-            ready = [block for block in holes if self._committed[self._units(block)].all()]
-            pairs = [
-                (place, hole) for place, hole in zip(places, ready, strict=False) if hole < place[0]
-            ]
-            if not pairs:
-                if not (places and holes and holes[0] < places[0][0]):
-                    break
-                try:
-                    self._commit([self._units(holes[0])])
-                except OutOfDeviceMemory:
-                    break
-                continue
-            self._move(pairs)
-            moved += len(pairs)
+            closed = self._close_holes(movable)
+            if not closed:
+                break
+            moved += closed
         self._trim()
         return moved
 
@@ -190,6 +171,7 @@ class KVPool:
         return self._bytes.view(torch.int64).view(self.capacity, -1)
 
     def _units(self, block: int) -> slice:
+        """Return the units that a block lies in."""
         first = block * self.block_bytes // self._unit
         last = ((block + 1) * self.block_bytes - 1) // self._unit
         return slice(first, last + 1)
@@ -229,7 +211,52 @@ class KVPool:
         self.blocks -= len(blocks)
         self._trim()
 
+    def _close_holes(self, movable: Container[int]) -> int:
+        """Move the last blocks into the first holes: first those that have memory behind them.
+
+        Memory is put behind the others a unit at a time, as far as it goes and as it is needed.
+
+        Returns:
+            Number of blocks moved.
+        """
+        places = sorted(
+            (
+                (block, key, place)
+                for key, table in self._tables.items()
+                if key in movable
+                for place, block in enumerate(table.tolist())
+            ),
+            reverse=True,
+        )
+        holes = np.sort(np.array(self._free, np.int64))
+        first = holes * self.block_bytes // self._unit
+        last = ((holes + 1) * self.block_bytes - 1) // self._unit
+        committed = np.concatenate([[0], np.cumsum(self._committed)])
+        ready = committed[last + 1] - committed[first] == last + 1 - first
+        backed, bare = holes[ready], holes[~ready]
+        batches = np.split(backed, range(_MOVES, len(backed), _MOVES))
+        batches += np.split(bare, np.flatnonzero(np.diff(first[~ready])) + 1)  # one for each unit
+        taken: dict[int, int] = {}  # hole -> the block that was moved there
+        for batch in batches:
+            left = places[len(taken) :]
+            pairs = [(place, hole) for place, hole in zip(left, batch.tolist(), strict=False)]
+            pairs = [(place, hole) for place, hole in pairs if hole < place[0]]
+            if not pairs:
+                continue
+            try:
+                self._commit([self._units(hole) for _, hole in pairs])
+            except OutOfDeviceMemory:
+                break
+            self._move(pairs)
+            taken |= {hole: place[0] for place, hole in pairs}
+            if self.committed_bytes <= self.blocks * self.block_bytes + self.slack_bytes:
+                break
+        self._free = [block for block in holes.tolist() if block not in taken] + [*taken.values()]
+        heapq.heapify(self._free)
+        return len(taken)
+
     def _move(self, pairs: list[tuple[tuple[int, int, int], int]]) -> None:
+        """Move blocks, each known by (block, key, place in the table of the key), into holes."""
         changed: dict[int, Table] = {}
         for (block, key, place), hole in pairs:
             copy_async(self.block_run(hole, 1), self.block_run(block, 1))
@@ -242,10 +269,6 @@ class KVPool:
             self._users[self._units(hole)] += 1
         for key, table in changed.items():
             self._set_table(key, table)
-        taken = {hole for _, hole in pairs}
-        self._free = [block for block in self._free if block not in taken]
-        self._free += [block for (block, _, _), _ in pairs]
-        heapq.heapify(self._free)
         self._trim()
 
     def _commit(self, places: Iterable[slice]) -> None:

@@ -448,24 +448,29 @@ def _paired(
 
 
 def _copy_staged(pool: KVPool, table: Table, host: list[torch.Tensor], *, to_host: bool) -> None:
-    """Copy scattered small blocks through contiguous device memory, so that copies are large."""
+    """Copy scattered small blocks through contiguous device memory, so that copies are large.
+
+    What is saved is gathered without its table on the device: that would come there behind all
+    that other streams load.
+    """
     words = pool.words()
-    order = torch.from_numpy(table.astype(np.int64)).to(pool.device)
     step = max(1, _STAGING_BYTES // pool.block_bytes)
     staging = torch.empty(
         (min(step, len(table)), words.shape[1]), dtype=torch.int64, device=pool.device
     )
     left = host
     for begin in range(0, len(table), step):
-        part = order[begin : begin + step]
+        part = table[begin : begin + step]
         rows = staging[: len(part)]
         size = len(part) * pool.block_bytes
         if to_host:
-            torch.index_select(words, 0, part, out=rows)
+            runs = [words[first : first + count] for first, count in _runs(part)]
+            torch.cat(runs, out=rows)
         for there, here in _paired([rows.view(-1).view(torch.uint8)], _first(left, size)):
             copy_async(here, there) if to_host else copy_async(there, here)
         if not to_host:
-            words.index_copy_(0, part, rows)
+            order = torch.from_numpy(part.astype(np.int64)).to(pool.device)
+            words.index_copy_(0, order, rows)
         left = _without_first(left, size)
 
 

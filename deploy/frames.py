@@ -1,9 +1,9 @@
 """The physical memory of a GPU, in frames that are mapped where they are needed.
 
 `Driver` are the calls of the CUDA driver for virtual memory. `Frames` keeps what is given back for
-the next taker, in a few sizes, and leaves it mapped until somebody needs it: the driver would wipe
-what is released to it, at a cost of 2 ms for each GB that slows copies down meanwhile, and
-unmapping takes time too.
+the next taker, and leaves it mapped until somebody needs it: the driver would wipe what is released
+to it, at a cost of 2 ms for each GB that slows copies down meanwhile, and unmapping takes time too.
+Weights and KV are made of frames of the same size, so that what one gives back fits the other.
 """
 
 import importlib
@@ -92,29 +92,39 @@ class Driver:
         )
 
 
+def frame_size(budget_bytes: int, granule: int) -> int:
+    """Return the bytes of a frame: a power of two, 8 to 32 MiB, at most a 512th of the budget.
+
+    Each call of the driver takes .1 to .2 ms beside models that compute, so that frames of 8 MiB
+    can just be mapped as fast as a link brings them; but KV blocks leave gaps in larger ones.
+    """
+    wanted = 1 << (max(budget_bytes, 1) // 512).bit_length() >> 1
+    return max(granule, min(max(wanted, 8 << 20), 32 << 20))
+
+
 class Frames:
     """The physical memory of a device, in frames that go from one place to the next.
 
-    A part is backed by as few frames as its size allows and as there are: eight small ones go for
-    a large one before they are given back to the driver for it. When a part is dropped its frames
-    stay where they are, for it may come back first; they are unmapped when another needs them.
+    A part is backed by as few frames as its size allows: all of one size, and for the rest some of
+    a quarter of it and of the granule. When a part is dropped its frames stay where they are, for
+    it may come back first; they are unmapped when another needs them.
 
     Args:
         driver: Of the device.
         limit_bytes: Most bytes of frames.
+        frame_bytes: Of a frame, from `frame_size`.
 
     Attributes:
         driver: As given.
         total_bytes: Of all frames, in use or not.
     """
 
-    SIZES = (64 << 20, 8 << 20)  # and the granule
-
-    def __init__(self, driver: Driver, limit_bytes: int) -> None:
+    def __init__(self, driver: Driver, limit_bytes: int, frame_bytes: int) -> None:
         self.driver = driver
         self.total_bytes = 0
         self._limit_bytes = limit_bytes
-        self._sizes = (*self.SIZES, driver.granule)
+        sizes = {frame_bytes, max(frame_bytes // 4, driver.granule), driver.granule}
+        self._sizes = tuple(sorted(sizes, reverse=True))
         self._free: dict[int, list[Any]] = {size: [] for size in self._sizes}
         self._used: dict[int, list[tuple[int, Any]]] = {}  # address -> sizes and handles
         self._stale: dict[int, list[tuple[int, Any]]] = {}  # the same, in order of dropping
@@ -151,13 +161,7 @@ class Frames:
     def _back(self, address: int, nbytes: int) -> None:
         """Map frames behind a part; what there is of them is noted even if one is missing."""
         frames = self._used[address] = []
-        large, small = self.SIZES
-        sizes = self._cut(nbytes)[::-1]
-        while sizes:
-            size = sizes.pop()
-            if size == large and not self._can_have(large):
-                sizes += [small] * (large // small)
-                continue
+        for size in self._cut(nbytes):
             handle = self._take(size)
             try:
                 self.driver.map(address, size, handle)
@@ -188,10 +192,6 @@ class Frames:
         """Unmap what has been dropped within some addresses."""
         for start in [start for start in self._stale if address <= start < address + nbytes]:
             self._unmap(start, self._pop_stale(start))
-
-    def _can_have(self, size: int) -> bool:
-        """Whether there is a frame of a size that nobody uses, or room for one."""
-        return self._has_room(size) or bool(self._free[size] or self._stale_with[size])
 
     def _has_room(self, size: int) -> bool:
         return self.total_bytes + size <= self._limit_bytes

@@ -2,7 +2,7 @@
 
 A pool is one long array of blocks over reserved addresses, ``[block, layer, 2, kv_head, token,
 head_dim]``: the keys and values of 16 tokens in all layers lie together, so that a sequence goes to
-the host and back in few large copies. Memory is put behind *units* of some megabytes when a block
+the host and back in few large copies. Memory is put behind *units* of a frame each when a block
 of them is taken, and given back when none is; since the lowest free block is always taken first,
 little lies idle between. What does can be closed up (`KVPool.compact`).
 
@@ -31,7 +31,6 @@ from mmrl.errors import MmrlError
 BLOCK_TOKENS = 16
 Table = npt.NDArray[np.int32]
 
-_CUDA_UNIT_GRANULES = 4  # mapping memory costs by the call: 8 MiB at once
 _MOVES = 64  # blocks that are moved at once, before it is known whether more have to be
 _LARGE_COPY_BYTES = 1 << 18  # from here on, starting copies costs less than they take
 _STAGING_BYTES = 32 << 20
@@ -83,9 +82,7 @@ class KVPool:
                 "raise the budget",
             )
         self._range = memory.reserve(self.capacity * self.block_bytes)
-        self._unit = self._range.granule
-        if self.device.type == "cuda":
-            self._unit *= _CUDA_UNIT_GRANULES
+        self._unit = memory.frame_bytes
         self._bytes = self._range.tensor[: self.capacity * self.block_bytes]
         self.data = self._bytes.view(dtype).view(self.capacity, *shape)
         units = -(-self._range.nbytes // self._unit)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from mmrl.deploy.frames import Driver, DriverOutOfMemory, Frames
+from mmrl.deploy.frames import Driver, DriverOutOfMemory, Frames, frame_size
 from mmrl.errors import MmrlError
 
 CPU_GRANULE = 64 << 10  # bytes; a multiple of the page size
@@ -55,6 +55,7 @@ class DeviceMemory:
         device: As given, with its index.
         budget_bytes: As given.
         granule: Bytes; every range is committed in multiples of it.
+        frame_bytes: What is best committed at once, and in multiples of it from the start.
         committed_bytes: Committed now, over all ranges.
         peak_bytes: Most that were ever committed.
 
@@ -67,10 +68,14 @@ class DeviceMemory:
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             device = torch.device("cuda", index)
-            self._frames = Frames(Driver(index), budget_bytes)
+            driver = Driver(index)
+            self.granule = driver.granule
+            self.frame_bytes = frame_size(budget_bytes, driver.granule)
+            self._frames = Frames(driver, budget_bytes, self.frame_bytes)
+        else:
+            self.granule = self.frame_bytes = CPU_GRANULE
         self.device = device
         self.budget_bytes = budget_bytes
-        self.granule = CPU_GRANULE if self._frames is None else self._frames.driver.granule
         self.committed_bytes = 0
         self.peak_bytes = 0
         self._lock = threading.RLock()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrl.deploy import memory as memory_module
-from mmrl.deploy.frames import DriverOutOfMemory, Frames
+from mmrl.deploy.frames import DriverOutOfMemory, Frames, frame_size
 from mmrl.deploy.memory import (
     BudgetExceeded,
     DeviceMemory,
@@ -192,7 +192,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeDriver, DeviceMemory]:
     driver = FakeDriver()
     memory = DeviceMemory(CPU, 100 * driver.granule)
     memory.granule = driver.granule
-    monkeypatch.setattr(memory, "_frames", Frames(driver, memory.budget_bytes))
+    frame_bytes = 16 * driver.granule
+    monkeypatch.setattr(memory, "_frames", Frames(driver, memory.budget_bytes, frame_bytes))
 
     def as_tensor(array: memory_module._CudaArray, device: torch.device) -> torch.Tensor:
         address, _ = array.__cuda_array_interface__["data"]
@@ -215,9 +216,9 @@ def test_there_is_memory_behind_what_is_committed(cuda: tuple[FakeDriver, Device
     base = base_of(space)
     assert driver.reserved == {base: 50 * g}
     assert space.tensor.shape == (50 * g,)
-    space.commit(0, 39 * g)  # frames of 64, 8 and 2 MiB
+    space.commit(0, 39 * g)  # frames of 32, 8 and 2 MiB
     assert driver.covers(base, 39 * g) and (base, 39 * g) in driver.opened
-    assert sorted(size // g for size, _ in driver.mapped.values()) == [1, 1, 1, 4, 32]
+    assert sorted(size // g for size, _ in driver.mapped.values()) == [1, 1, 1, 4, 16, 16]
     space.commit(40 * g, 45 * g, later=True)
     assert not driver.covers(base + 40 * g, 5 * g) and memory.committed_bytes == 44 * g
     space.materialise(40 * g, 45 * g)
@@ -244,23 +245,27 @@ def test_what_comes_back_before_anybody_needs_it_is_not_mapped_again(
     assert driver.calls == calls and driver.covers(base_of(space), 40 * g)
 
 
-def test_small_frames_go_for_a_large_one_before_any_is_given_back(
+def test_what_kv_gives_back_fits_weights_and_the_other_way_round(
     cuda: tuple[FakeDriver, DeviceMemory],
 ) -> None:
     driver, memory = cuda
     g = driver.granule
-    blocks, weights = memory.reserve(50 * g), memory.reserve(100 * g)
-    blocks.commit(0, 48 * g, part=4 * g)
+    blocks, weights = memory.reserve(96 * g), memory.reserve(96 * g)
+    blocks.commit(0, 96 * g, part=16 * g)
     made = set(driver.sizes)
-    blocks.decommit(0, 48 * g)
-    weights.commit(0, 64 * g)  # there is room for one large frame beside the twelve small ones
-    assert made <= set(driver.sizes) and driver.covers(base_of(weights), 64 * g)
-    base = base_of(weights)
-    behind = [size // g for at, (size, _) in sorted(driver.mapped.items()) if at >= base]
-    assert behind == [32, *[4] * 8]
-    weights.decommit(0, 64 * g)
-    blocks.commit(0, 48 * g, part=4 * g)
-    assert made <= set(driver.sizes) and driver.covers(base_of(blocks), 48 * g)
+    for _ in range(2):
+        blocks.decommit(0, 96 * g)
+        weights.commit(0, 96 * g)
+        assert made == set(driver.sizes) and driver.covers(base_of(weights), 96 * g)
+        weights.decommit(0, 96 * g)
+        blocks.commit(0, 96 * g, part=16 * g)
+        assert made == set(driver.sizes) and driver.covers(base_of(blocks), 96 * g)
+
+
+@pytest.mark.parametrize(("budget_gb", "mib"), [(0.5, 8), (8, 8), (10, 16), (48, 32), (140, 32)])
+def test_the_size_of_a_frame_follows_the_budget(budget_gb: float, mib: int) -> None:
+    assert frame_size(int(budget_gb * 1e9), 2 << 20) == mib << 20
+    assert frame_size(int(budget_gb * 1e9), 64 << 20) == 64 << 20
 
 
 def test_parts_side_by_side_are_opened_and_unmapped_at_once(
@@ -276,10 +281,10 @@ def test_parts_side_by_side_are_opened_and_unmapped_at_once(
     space.commit(4 * g, 16 * g, part=4 * g)  # two that are still there, and a new one
     assert driver.opened == {(base, 12 * g), (base + 12 * g, 4 * g), (base, g), (base_of(other), g)}
     assert driver.calls == calls + 1
-    space.commit(16 * g, 31 * g)  # of four frames
+    space.commit(16 * g, 31 * g)  # of six frames
     space.decommit(16 * g, 31 * g)
     calls = driver.calls
-    other.commit(0, 84 * g)  # needs them: one call unmaps, 2 frames of 32 and 5 of 4 granules
+    other.commit(0, 84 * g)  # needs them: one call unmaps, 5 frames of 16 and one of 4 granules
     assert driver.calls - calls <= 1 + 7
     assert driver.covers(base, 16 * g) and not driver.covers(base + 16 * g, g)
 

@@ -162,12 +162,13 @@ class Transfers:
         if isinstance(of, LinkBoundGate):
             return of.stream_next()
         s, m = self._node.state, self._models.index(of)
-        pieces = int(min(s.target[m], s.granted[m]))
-        # None: it came ahead, for a load that ended early, or the load was given up unbegun
-        piece = of.weights.claim_piece(pieces - 1) if pieces else None
-        if piece is None:
-            return _nothing
-        return functools.partial(of.weights.start_piece, piece)
+        # A load that waited for memory may have lost its target since, and get it back before it
+        # ends: the state counts its piece then.
+        for pieces in (int(min(s.target[m], s.granted[m])), int(s.granted[m])):
+            piece = of.weights.claim_piece(pieces - 1) if pieces else None
+            if piece is not None:
+                return functools.partial(of.weights.start_piece, piece)
+        return _nothing  # it came ahead, for a load that ended early
 
     def _look_ahead(self) -> None:
         """Queue the transfer that surely comes next.

@@ -686,6 +686,33 @@ def test_whatever_happens_while_memory_is_short_no_token_is_lost(
             assert got == tokens
 
 
+def test_a_load_that_lost_its_target_and_got_it_back_brings_its_piece(
+    closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state counts the piece that waited for memory meanwhile."""
+    engine, heard = one_model(closing)
+    verb, s, memory, short = decide_by_hand(engine), engine.node.state, engine._memory, True
+    grow = memory._grow
+
+    def scattered() -> None:
+        if short:
+            raise BudgetExceeded("scattered", "")
+        grow()
+
+    monkeypatch.setattr(memory, "_grow", scattered)
+    engine.call(lambda: verb(0, LEVEL_100))
+    run(engine, lambda: bool(memory.ungranted))
+    short = False
+    for level in (OUT, LEVEL_100):
+        engine.call(lambda level=level: verb(0, level))
+        engine.run_instant()
+    run(engine, lambda: s.landed[0] == s.pieces[0])
+    assert len(engine.models[0].weights.landed) == s.pieces[0]
+    engine.submit(0, request(0, 30, 5))
+    run(engine, lambda: 0 in heard.finish)
+    assert heard.finish[0] is Finish.LENGTH
+
+
 @pytest.mark.parametrize("then", ["leave", "move to another row"])
 def test_a_request_that_waits_for_blocks_can(
     then: str, closing: list[Fleet], monkeypatch: pytest.MonkeyPatch

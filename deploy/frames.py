@@ -93,7 +93,7 @@ class Driver:
 
 
 def frame_size(budget_bytes: int, granule: int) -> int:
-    """Return the bytes of a frame: a power of two, 8 to 32 MiB, at most a 512th of the budget.
+    """Return the bytes of a frame: a power of two, 8 to 32 MiB, about a 512th of the budget.
 
     Each call of the driver takes .1 to .2 ms beside models that compute, so that frames of 8 MiB
     can just be mapped as fast as a link brings them; but KV blocks leave gaps in larger ones.

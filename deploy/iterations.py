@@ -216,7 +216,10 @@ class Iterations:
     @property
     def models_in_use(self) -> set[int]:
         """The models of which something computes, or is about to."""
-        jobs = (self.compute.current, self.link_bound.current, self.compute.unfinished)
+        jobs = [self.compute.current, self.compute.unfinished]
+        link_bound = self.link_bound.current
+        if link_bound is not None and link_bound.done is None:  # else it has computed, and waits
+            jobs.append(link_bound)  # only for bytes that the state does not have yet
         return {job.model for job in jobs if job is not None}
 
     def leave_preempted(self) -> None:

@@ -38,7 +38,7 @@ from mmrl.rules import Rule
 
 FAILURES = 3  # failed iterations in a row after which a model is quarantined
 DECISIONS = 100  # that the engine remembers
-STANDSTILL_S = 1.0  # without memory that was granted, until the log tells
+STANDSTILL_S = 1.0  # without memory that was granted, until something is said and done
 
 log = logging.getLogger("mmrl.engine")
 

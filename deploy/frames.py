@@ -193,9 +193,6 @@ class Frames:
         for start in [start for start in self._stale if address <= start < address + nbytes]:
             self._unmap(start, self._pop_stale(start))
 
-    def _has_room(self, size: int) -> bool:
-        return self.total_bytes + size <= self._limit_bytes
-
     def _cut(self, nbytes: int) -> list[int]:
         sizes = []
         for size in self._sizes:
@@ -206,7 +203,7 @@ class Frames:
     def _take(self, size: int) -> Any:
         """Return an unmapped frame of a size."""
         while not self._free[size]:
-            if not self._has_room(size) and self._find(size):
+            if self.total_bytes + size > self._limit_bytes and self._find(size):
                 continue
             try:
                 handle = self.driver.create(size)

@@ -14,6 +14,7 @@ import heapq
 import threading
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from mmrl.errors import MmrlError
 
 BLOCK_TOKENS = 16
 Table = npt.NDArray[np.int32]
+Blocks = TypeVar("Blocks", int, npt.NDArray[np.int64])
 
 _MOVES = 64  # blocks that are moved at once, before it is known whether more have to be
 _LARGE_COPY_BYTES = 1 << 18  # from here on, starting copies costs less than they take
@@ -145,10 +147,7 @@ class KVPool:
             Number of blocks moved.
         """
         moved = 0
-        while self.committed_bytes > self.blocks * self.block_bytes + self.slack_bytes:
-            closed = self._close_holes(movable)
-            if not closed:
-                break
+        while self._scattered and (closed := self._close_holes(movable)):
             moved += closed
         self._trim()
         return moved
@@ -169,9 +168,12 @@ class KVPool:
 
     def _units(self, block: int) -> slice:
         """Return the units that a block lies in."""
+        return slice(*self._unit_bounds(block))
+
+    def _unit_bounds(self, block: Blocks) -> tuple[Blocks, Blocks]:
+        """Return the first unit that a block, or each of several, lies in, and the one after."""
         first = block * self.block_bytes // self._unit
-        last = ((block + 1) * self.block_bytes - 1) // self._unit
-        return slice(first, last + 1)
+        return first, ((block + 1) * self.block_bytes - 1) // self._unit + 1
 
     def _set_table(self, key: int, table: Table) -> None:
         if len(table):
@@ -208,6 +210,10 @@ class KVPool:
         self.blocks -= len(blocks)
         self._trim()
 
+    @property
+    def _scattered(self) -> bool:
+        return self.committed_bytes > self.blocks * self.block_bytes + self.slack_bytes
+
     def _close_holes(self, movable: Container[int]) -> int:
         """Move the last blocks into the first holes: first those that have memory behind them.
 
@@ -226,18 +232,16 @@ class KVPool:
             reverse=True,
         )
         holes = np.sort(np.array(self._free, np.int64))
-        first = holes * self.block_bytes // self._unit
-        last = ((holes + 1) * self.block_bytes - 1) // self._unit
+        first, end = self._unit_bounds(holes)
         committed = np.concatenate([[0], np.cumsum(self._committed)])
-        ready = committed[last + 1] - committed[first] == last + 1 - first
+        ready = committed[end] - committed[first] == end - first
         backed, bare = holes[ready], holes[~ready]
         batches = np.split(backed, range(_MOVES, len(backed), _MOVES))
         batches += np.split(bare, np.flatnonzero(np.diff(first[~ready])) + 1)  # one for each unit
         taken: dict[int, int] = {}  # hole -> the block that was moved there
         for batch in batches:
-            left = places[len(taken) :]
-            pairs = [(place, hole) for place, hole in zip(left, batch.tolist(), strict=False)]
-            pairs = [(place, hole) for place, hole in pairs if hole < place[0]]
+            both = zip(places[len(taken) :], batch.tolist(), strict=False)
+            pairs = [(place, hole) for place, hole in both if hole < place[0]]
             if not pairs:
                 continue
             try:
@@ -246,7 +250,7 @@ class KVPool:
                 break
             self._move(pairs)
             taken |= {hole: place[0] for place, hole in pairs}
-            if self.committed_bytes <= self.blocks * self.block_bytes + self.slack_bytes:
+            if not self._scattered:
                 break
         self._free = [block for block in holes.tolist() if block not in taken] + [*taken.values()]
         heapq.heapify(self._free)
@@ -455,6 +459,9 @@ def _copy_staged(pool: KVPool, table: Table, host: list[torch.Tensor], *, to_hos
     staging = torch.empty(
         (min(step, len(table)), words.shape[1]), dtype=torch.int64, device=pool.device
     )
+    order = torch.from_numpy(table.astype(np.int64))
+    if not to_host:
+        order = order.to(pool.device)
     left = host
     for begin in range(0, len(table), step):
         part = table[begin : begin + step]
@@ -466,8 +473,7 @@ def _copy_staged(pool: KVPool, table: Table, host: list[torch.Tensor], *, to_hos
         for there, here in _paired([rows.view(-1).view(torch.uint8)], _first(left, size)):
             copy_async(here, there) if to_host else copy_async(there, here)
         if not to_host:
-            order = torch.from_numpy(part.astype(np.int64)).to(pool.device)
-            words.index_copy_(0, order, rows)
+            words.index_copy_(0, order[begin : begin + step], rows)
         left = _without_first(left, size)
 
 

@@ -403,8 +403,11 @@ class Engine:
 
     def _fail(self, job: Job, error: BaseException) -> None:
         """Deal with an iteration that raised as a whole."""
-        memory = isinstance(error, torch.OutOfMemoryError | OutOfDeviceMemory | Abandoned)
+        given_up = isinstance(error, Abandoned)  # for memory's sake: its model did nothing wrong
+        memory = given_up or isinstance(error, torch.OutOfMemoryError | OutOfDeviceMemory)
         self.node.fail_iteration(job.model, link_bound=job.gate is not None, out=memory)
+        if given_up:
+            return
         self._count_failure(job.model, error)
         if memory:
             if self.device.type == "cuda":

@@ -754,6 +754,24 @@ def test_a_request_that_waits_for_blocks_can(
     assert len(heard.tokens[3]) == 5 and engine.models[0].pool.blocks == 0
 
 
+def test_an_iteration_that_is_given_up_is_no_failure_of_its_model(closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing, verbs="full")
+    verb, node, given_up = decide_by_hand(engine), engine.node, []
+
+    def ended() -> bool:
+        gate = engine.transfers.gate
+        if gate is not None and gate not in given_up and len(given_up) <= FAILURES:
+            given_up.append(gate)
+            gate.cancel()
+        if node.legal(0, LEVEL_0):
+            verb(0, LEVEL_0)
+        return 0 in heard.finish
+
+    engine.submit(0, request(0, 30, 5))
+    run(engine, ended)
+    assert len(given_up) > FAILURES and heard.finish[0] is Finish.LENGTH
+
+
 def test_the_log_says_that_a_node_stands_still(
     closing: list[Fleet], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

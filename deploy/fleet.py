@@ -382,6 +382,8 @@ def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> No
     adapter = decider(node)
     node.submit(0, 0, 1, 1)
     node.start_work()
+    node.foresee()
+    node.foresee_stream()
     node.advance(node.next_event_ns())
     node.end_compute()
     node.end_link_bound()
@@ -394,6 +396,8 @@ def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> No
     adapter.reverted = True
     adapter.decide(node.nodes, node.table)
     node.preload(0)
+    node.end_output(0)
+    node.fail_iteration(0, link_bound=False, out=True)
     node.cancel(0)
     adapter.close()
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from mmrl.agents.export import ExportedPolicy
 from mmrl.deploy import engine as engine_module
+from mmrl.deploy import transitions
 from mmrl.deploy.checkpoint import Checkpoint
 from mmrl.deploy.clock import RealTime, SimulatedTime
 from mmrl.deploy.config import build_config
@@ -752,6 +753,32 @@ def test_a_request_that_waits_for_blocks_can(
     engine.submit(3, request(0, 10, 5))
     run(engine, lambda: 3 in heard.finish)
     assert len(heard.tokens[3]) == 5 and engine.models[0].pool.blocks == 0
+
+
+def test_what_is_compiled_is_compiled_before_a_node_is_ready(
+    closing: list[Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first requests wait for it."""
+    mine = {name for name, one in vars(transitions).items() if is_transition(one)}
+    called = set()
+
+    def recorded(name: str) -> Callable[..., Any]:
+        function = getattr(transitions, name)
+
+        def call(*args: Any) -> Any:
+            called.add(name)
+            return function(*args)
+
+        return call
+
+    for name in mine:
+        monkeypatch.setattr(transitions, name, recorded(name))
+    closing.append(fleet_of(checkpoints(1), 2.0))
+    assert called == mine
+
+
+def is_transition(one: Any) -> bool:
+    return callable(one) and one.__module__ == transitions.__name__
 
 
 def test_an_iteration_that_is_given_up_is_no_failure_of_its_model(closing: list[Fleet]) -> None:

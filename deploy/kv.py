@@ -2,9 +2,9 @@
 
 A pool is one long array of blocks over reserved addresses, ``[block, layer, 2, kv_head, token,
 head_dim]``: the keys and values of 16 tokens in all layers lie together, so that a sequence goes to
-the host and back in few large copies. Memory is put behind *units* of a frame each when a block
-of them is taken, and given back when none is; since the lowest free block is always taken first,
-little lies idle between. What does can be closed up (`KVPool.compact`).
+the host and back in few large copies, which wait for no kernel. Memory is put behind *units* of a
+frame each when a block of them is taken, and given back when none is; since the lowest free block
+is always taken first, little lies idle between. What does can be closed up (`KVPool.compact`).
 
 Pools and tables are changed by one thread. A table that was handed out never changes: a change
 makes a new one, so that an iteration in flight keeps what it was given.
@@ -24,7 +24,7 @@ from mmrl.deploy.memory import (
     DeviceMemory,
     HostArena,
     OutOfDeviceMemory,
-    copy_async,
+    copy_all_async,
     wait_for_stream,
 )
 from mmrl.errors import MmrlError
@@ -34,8 +34,6 @@ Table = npt.NDArray[np.int32]
 Blocks = TypeVar("Blocks", int, npt.NDArray[np.int64])
 
 _MOVES = 64  # blocks that are moved at once, before it is known whether more have to be
-_LARGE_COPY_BYTES = 1 << 18  # from here on, starting copies costs less than they take
-_STAGING_BYTES = 32 << 20
 
 
 class HostFull(MmrlError):
@@ -162,10 +160,6 @@ class KVPool:
         """Return adjacent blocks as bytes, uint8 ``[count * block_bytes]``."""
         return self._bytes[start * self.block_bytes : (start + count) * self.block_bytes]
 
-    def words(self) -> torch.Tensor:
-        """Return the pool as int64 ``[capacity, block_bytes / 8]``, to gather and scatter."""
-        return self._bytes.view(torch.int64).view(self.capacity, -1)
-
     def _units(self, block: int) -> slice:
         """Return the units that a block lies in."""
         return slice(*self._unit_bounds(block))
@@ -259,8 +253,11 @@ class KVPool:
     def _move(self, pairs: list[tuple[tuple[int, int, int], int]]) -> None:
         """Move blocks, each known by (block, key, place in the table of the key), into holes."""
         changed: dict[int, Table] = {}
-        for (block, key, place), hole in pairs:
-            copy_async(self.block_run(hole, 1), self.block_run(block, 1))
+        copy_all_async(
+            [self.block_run(hole, 1) for _, hole in pairs],
+            [self.block_run(block, 1) for (block, _, _), _ in pairs],
+        )
+        for (_, key, place), hole in pairs:
             if key not in changed:
                 changed[key] = self._tables[key].copy()
             changed[key][place] = hole
@@ -410,14 +407,13 @@ class HostKV:
         if not saved.blocks:
             return
         assert self._arena is not None
-        host = [self._arena.tensor[start:stop] for start, stop in saved.extents]
-        runs = list(_runs(table))
-        small = saved.blocks * pool.block_bytes < len(runs) * _LARGE_COPY_BYTES
-        if pool.device.type == "cuda" and small:
-            _copy_staged(pool, table, host, to_host=to_host)
+        blocks = [pool.block_run(*run) for run in _runs(table)]
+        extents = [self._arena.tensor[start:stop] for start, stop in saved.extents]
+        there, here = zip(*_paired(blocks, extents), strict=True)
+        if to_host:
+            copy_all_async(here, there)
         else:
-            for there, here in _paired([pool.block_run(*run) for run in runs], host):
-                copy_async(here, there) if to_host else copy_async(there, here)
+            copy_all_async(there, here)
         wait_for_stream(pool.device)
 
 
@@ -446,53 +442,3 @@ def _paired(
             left.append(one[length:])
         if length < len(other):
             right.append(other[length:])
-
-
-def _copy_staged(pool: KVPool, table: Table, host: list[torch.Tensor], *, to_host: bool) -> None:
-    """Copy scattered small blocks through contiguous device memory, so that copies are large.
-
-    What is saved is gathered without its table on the device: that would come there behind all
-    that other streams load.
-    """
-    words = pool.words()
-    step = max(1, _STAGING_BYTES // pool.block_bytes)
-    staging = torch.empty(
-        (min(step, len(table)), words.shape[1]), dtype=torch.int64, device=pool.device
-    )
-    order = torch.from_numpy(table.astype(np.int64))
-    if not to_host:
-        order = order.to(pool.device)
-    left = host
-    for begin in range(0, len(table), step):
-        part = table[begin : begin + step]
-        rows = staging[: len(part)]
-        size = len(part) * pool.block_bytes
-        if to_host:
-            runs = [words[first : first + count] for first, count in _runs(part)]
-            torch.cat(runs, out=rows)
-        for there, here in _paired([rows.view(-1).view(torch.uint8)], _first(left, size)):
-            copy_async(here, there) if to_host else copy_async(there, here)
-        if not to_host:
-            words.index_copy_(0, order[begin : begin + step], rows)
-        left = _without_first(left, size)
-
-
-def _first(pieces: list[torch.Tensor], nbytes: int) -> list[torch.Tensor]:
-    """Return the first bytes of a list of pieces."""
-    taken = []
-    for piece in pieces:
-        if nbytes <= 0:
-            break
-        taken.append(piece[:nbytes])
-        nbytes -= len(piece)
-    return taken
-
-
-def _without_first(pieces: list[torch.Tensor], nbytes: int) -> list[torch.Tensor]:
-    """Return what follows the first bytes of a list of pieces."""
-    left = []
-    for piece in pieces:
-        if nbytes < len(piece):
-            left.append(piece[max(nbytes, 0) :])
-        nbytes -= len(piece)
-    return left

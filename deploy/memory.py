@@ -32,6 +32,7 @@ CPU_GRANULE = 64 << 10  # bytes; a multiple of the page size
 MAP_NORESERVE = 0x4000  # Linux; Python names it only from 3.13 on
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
+Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 
 class OutOfDeviceMemory(MmrlError):
@@ -437,6 +438,16 @@ def copy_async(dst: torch.Tensor, src: torch.Tensor) -> None:
     if not (plain and dst.is_contiguous() and src.is_contiguous()):
         raise ValueError("only contiguous bytes of equal length are copied")
     dst.copy_(src, non_blocking=True)
+
+
+def copy_all_async(dst: Tensors, src: Tensors) -> None:
+    """Start copies as `copy_async` does, in one call: other threads of Python go on meanwhile.
+
+    Args:
+        dst: At least one; uint8 [n], contiguous.
+        src: The same lengths, in the same order.
+    """
+    torch._foreach_copy_(dst, src, non_blocking=True)
 
 
 def wait_for_stream(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Blocks of the KV pool, and sequences saved on the host."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -260,35 +260,15 @@ def test_adjacent_blocks_are_one_copy(pool: KVPool, monkeypatch: pytest.MonkeyPa
     pool.resize(2, 1)
     pool.resize(1, 8)
     sizes = []
-    copy = kv.copy_async
+    copy = kv.copy_all_async
 
-    def counted(dst: torch.Tensor, src: torch.Tensor) -> None:
-        sizes.append(len(dst) // BLOCK_BYTES)
+    def counted(dst: Sequence[torch.Tensor], src: Sequence[torch.Tensor]) -> None:
+        sizes.extend(len(part) // BLOCK_BYTES for part in dst)
         copy(dst, src)
 
-    monkeypatch.setattr(kv, "copy_async", counted)
+    monkeypatch.setattr(kv, "copy_all_async", counted)
     HostKV(1 << 20, page_locked=False).save(pool, 1)
     assert sizes == [3, 5]
-
-
-@pytest.mark.parametrize("extents", [1, 3])
-def test_small_scattered_blocks_go_through_contiguous_memory(
-    pool: KVPool, monkeypatch: pytest.MonkeyPatch, extents: int
-) -> None:
-    """The way of a GPU, here with the CPU's memory."""
-    monkeypatch.setattr(kv, "_STAGING_BYTES", 3 * BLOCK_BYTES)
-    for blocks in range(1, 9):
-        pool.resize(1, blocks)
-        pool.resize(2, 2 * blocks)
-    fill(pool, 1)
-    table = pool.table(1)
-    host = list(torch.zeros(8 * BLOCK_BYTES, dtype=torch.uint8).tensor_split(extents))
-    kv._copy_staged(pool, table, host, to_host=True)
-    expected = torch.cat([pool.block_run(block, 1) for block in table.tolist()])
-    assert torch.equal(torch.cat(host), expected)
-    pool.data[torch.from_numpy(table.astype(np.int64))] = 0
-    kv._copy_staged(pool, table, host, to_host=False)
-    check(pool, 1, 8)
 
 
 def test_misuse_of_the_host_is_refused(pool: KVPool) -> None:

@@ -728,6 +728,7 @@ def test_the_latencies_of_a_picture_count_once(folder: Path) -> None:
         until(lambda: sample(server.url, "mmrl_decision_seconds_count") == 2)
         with HTTP.stream("GET", f"{server.url}/admin/events") as stream:
             next(stream.iter_lines())
+        assert sample(server.url, "mmrl_decision_seconds_count") == 2
         engine.picture = engine.still  # a new picture at each look
         until(lambda: sample(server.url, "mmrl_decision_seconds_count") > 2)
 

@@ -105,7 +105,7 @@ def test_not_json_names_the_line(tmp_path: Path) -> None:
 
 
 def test_not_an_object(tmp_path: Path) -> None:
-    refusal(tmp_path, "[1, 2]")
+    assert "a valid dictionary" in refusal(tmp_path, "[1, 2]")
 
 
 def test_missing_file(tmp_path: Path) -> None:

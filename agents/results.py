@@ -19,7 +19,7 @@ import numpy as np
 from mmrl.agents.contenders import Contender
 from mmrl.agents.play import LATENCIES, Board, Played
 from mmrl.errors import InputError
-from mmrl.files import atomic_write, write_json
+from mmrl.files import atomic_write, finite, write_json
 from mmrl.scenarios.registry import get_scenario
 from mmrl.stats import (
     Interval,
@@ -202,7 +202,7 @@ def collect(
         ],
         "provenance": provenance,
     }
-    return Results(_plain(summary), episodes, models, latencies, timelines)
+    return Results(finite(summary), episodes, models, latencies, timelines)
 
 
 def _board(
@@ -389,14 +389,3 @@ def _models(models: "pd.DataFrame", order: dict[str, int]) -> list[dict[str, Any
 
 def _list(interval: Interval) -> list[float]:
     return [interval.estimate, interval.low, interval.high]
-
-
-def _plain(value: Any) -> Any:
-    """Replace NaN, which JSON does not know, by None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

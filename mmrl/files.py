@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -70,11 +71,20 @@ def write_json(path: str | Path, obj: object, indent: int | None = 2) -> None:
     Raises:
         InputError: Nothing can be written at path.
         MmrlError: The disk is full.
-        ValueError: obj holds a NaN or an infinity, which JSON does not know.
+        ValueError: obj holds a NaN or an infinity, which JSON does not know; see `finite`.
     """
     with atomic_write(path) as file:
         json.dump(obj, file, indent=indent, allow_nan=False, default=_plain)
         file.write("\n")
+
+
+def finite(value: Any) -> Any:
+    """Return a value with None for each NaN and infinity in its dicts, lists and tuples."""
+    if isinstance(value, dict):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: object) -> object:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmrl.errors import InputError, MmrlError
-from mmrl.files import atomic_write, write_json
+from mmrl.files import atomic_write, finite, write_json
 
 
 def test_a_written_file_has_what_was_written_and_ordinary_rights(tmp_path: Path) -> None:
@@ -83,3 +83,10 @@ def test_json_takes_numpy_values_and_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"b": float("nan")})
     assert json.loads(path.read_text())["b"] == 0.5
+
+
+def test_what_is_not_finite_becomes_none(tmp_path: Path) -> None:
+    value = {"a": [1.5, float("nan"), (np.float64("inf"), "x")], 3: None, "b": {"c": True}}
+    plain = {"a": [1.5, None, [None, "x"]], "3": None, "b": {"c": True}}
+    assert finite(value) == plain
+    write_json(tmp_path / "a.json", finite(value))

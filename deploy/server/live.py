@@ -18,6 +18,7 @@ from mmrl.deploy.server.metrics import Metrics
 from mmrl.deploy.server.recent import WINDOW_S, Recent
 from mmrl.deploy.server.records import Record, Watcher
 from mmrl.deploy.server.streams import event
+from mmrl.files import finite
 
 LOOK_S = 0.05  # well below the time between two pictures, so that none is passed over
 TELL_S = 0.25  # between two events of a page
@@ -112,16 +113,8 @@ class Live(Watcher):
 
 def as_json(state: NodeState) -> dict[str, Any]:
     """Return a picture as plain values; what is not finite becomes null."""
-    plain: dict[str, Any] = _finite(dataclasses.asdict(state))
+    plain: dict[str, Any] = finite(dataclasses.asdict(state))
     return plain
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sample(state: NodeState) -> dict[str, Any]:

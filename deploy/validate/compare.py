@@ -21,7 +21,7 @@ from mmrl.deploy.validate.record import Recording
 from mmrl.deploy.validate.steps import gaps, step_errors, transfer_errors
 from mmrl.deploy.validate.trail import Arrays, Trail
 from mmrl.errors import InputError
-from mmrl.files import write_json
+from mmrl.files import finite, write_json
 from mmrl.metrics import episode_metrics
 from mmrl.node.actions import WAIT
 from mmrl.node.state import CANCELLED, Nodes, Record, new_requests
@@ -128,7 +128,7 @@ def compare_folder(
         report(recording.name)
         runs.append(compare(recording, folder))
     found = {"runs": [run.report for run in runs], "ranking": _ranking(runs)}
-    return runs, _plain(found)
+    return runs, finite(found)
 
 
 def write_errors(folder: Path, found: dict[str, Any]) -> Path:
@@ -388,14 +388,3 @@ def _ranking(runs: Sequence[Compared]) -> list[dict[str, Any]]:
         }
         found.append({"load": load, "same": same, **orders})
     return found
-
-
-def _plain(value: Any) -> Any:
-    """Replace NaN, which JSON does not know, by None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

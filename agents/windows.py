@@ -34,7 +34,8 @@ def cut(
 ) -> Windows:
     """Fit a trace to the fleet and load of a scenario and cut it into episodes.
 
-    Time is stretched so that the whole trace offers the load; each window is as long as the
+    Requests that their model can never serve are left out, as a server refuses them. Time is
+    stretched so that the whole trace offers the load; each window is as long as the
     scenario's episodes and no two overlap, so that they can be compared as separate episodes.
 
     Args:
@@ -54,6 +55,7 @@ def cut(
             "name a scenario with a fixed fleet (mmrl scenarios list)",
         )
     fitted = fit_to_fleet(raw, unique_names(scenario.models), mapping)
+    fitted = fitted.without_longer(sampler.most_tokens(0))
     service_s = recorded_service_s(
         arrays(fitted),
         len(scenario.models),

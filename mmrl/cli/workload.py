@@ -16,7 +16,7 @@ from mmrl.workloads.trace import Trace
 
 app = typer.Typer(no_args_is_help=True, help="Describe, generate and fit workloads.")
 
-FormatName = Literal["mmrl", "azure-llm", "burstgpt", "mooncake", "azure-functions"]
+FormatName = Literal["mmrl", "azure-llm", "burstgpt", "bailian", "mooncake", "azure-functions"]
 Files = Annotated[list[Path], typer.Argument(help="Trace files, gzip or not.")]
 FormatOption = Annotated[
     FormatName | None, typer.Option("--format", help="Instead of telling by the first line.")
@@ -85,6 +85,10 @@ def fit(
     rescale: Annotated[Rescale, typer.Option(help="Thinning destroys bursts.")] = "dilate",
     start: Annotated[float, typer.Option(min=0, help="Window start, seconds.")] = 0.0,
     duration: Annotated[float | None, typer.Option(help="Window length, seconds.")] = None,
+    longest: Annotated[
+        int | None,
+        typer.Option(min=2, help="Leave out requests of more tokens, prompt and output."),
+    ] = None,
     format: FormatOption = None,
     skip_bad: SkipBad = False,
     seed: Seed = 0,
@@ -94,6 +98,8 @@ def fit(
     """Map a recorded trace to a fleet and a rate, and write it as a CSV."""
     raw = read_trace(files, format, skip_bad, seed, lengths)
     window = None if start == 0 and duration is None else (start, duration)
+    if longest is not None:
+        raw = raw.without_longer(longest)
     trace = fit_to_fleet(raw, _names(models), mapping, rate, rescale, window, seed)
     trace.to_csv(out)
     _show(trace, plot)

@@ -33,6 +33,7 @@ OTHER_FIELDS = (
     "beside_save",
     "settle_ns",
 )
+Tokens = int | NDArray[np.int64]
 CONSTANT_FIELDS = (*OTHER_FIELDS, *LOAD_FIELDS, *STREAM_FIELDS)
 
 
@@ -124,7 +125,7 @@ class CostBank:
         """Return the row of a model on a platform."""
         return platform * len(self.models) + model
 
-    def kv_bytes(self, rows: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
+    def kv_bytes(self, rows: NDArray[np.int64], tokens: Tokens) -> NDArray[np.int64]:
         """Return what a sequence of so many tokens takes: its blocks, and one more to grow."""
         blocks = -(-tokens // BLOCK_TOKENS) + 1
         return np.asarray(blocks * self.constants["block_bytes"][rows], np.int64)
@@ -138,16 +139,30 @@ class CostBank:
         slots = 2 * int(self.constants["layer_bytes"][rows].max()) if levels else 0
         return int(self.workspace_bytes[rows].max() + self.graphs_bytes[rows].sum()) + slots
 
-    def needed_bytes(self, rows: NDArray[np.int64], levels: bool, tokens: int) -> NDArray[np.int64]:
+    def needed_bytes(
+        self, rows: NDArray[np.int64], levels: bool, tokens: Tokens
+    ) -> NDArray[np.int64]:
         """Return the budget below which each model of a fleet can never serve, int64[M].
 
-        The reserve, the weights (of partial levels only the base) and one sequence of `tokens`.
+        The reserve, the weights (of partial levels only the base) and one sequence of `tokens`, the
+        same for all models or int64[M].
         """
         weights = self.constants["base_bytes"] if levels else self.weight_bytes
         return np.asarray(
             self.reserve_bytes(rows, levels) + weights[rows] + self.kv_bytes(rows, tokens),
             np.int64,
         )
+
+    def most_tokens(
+        self, rows: NDArray[np.int64], levels: bool, budget_bytes: int
+    ) -> NDArray[np.int64]:
+        """Return the longest sequence that each model of a fleet can serve, int64[M]; 0 for none.
+
+        The tokens for which `needed_bytes` is within a budget.
+        """
+        left = budget_bytes - self.needed_bytes(rows, levels, 0)
+        blocks = np.maximum(0, left // self.constants["block_bytes"][rows])
+        return np.asarray(blocks * BLOCK_TOKENS, np.int64)
 
 
 def _constants(row: int, profile: Profile, cost: CostModel) -> dict[str, int | float]:

@@ -143,6 +143,15 @@ class EpisodeSampler:
         """The most tokens, prompt and output, that a request can have."""
         return self._source.longest_tokens
 
+    def most_tokens(self, platform: int) -> NDArray[np.int64]:
+        """Return the most tokens of a request for each model of the fixed fleet, int64[M].
+
+        Prompt and output, under the least budget on a platform of the bank; 0 for no request.
+        """
+        rows = self.rows(platform)
+        budget = self._budget_bytes(platform, rows, 0.0)
+        return self.bank.most_tokens(rows, self.full_verbs, budget)
+
     @property
     def trace_notes(self) -> tuple[str, ...]:
         """What was done to the scenario's trace for the largest fleet; empty without a trace."""
@@ -192,8 +201,8 @@ class EpisodeSampler:
             utilisation = load * scenario.utilisation_at_load_1
             filled = self._source.fill(rng, utilisation, costs, requests)
         else:
-            self._check_fit(platform, rows, budget, longest_tokens(trace))
             filled = play(trace, scenario.duration_s, costs, scenario.targets.numbers, requests)
+            self._check_fit(platform, rows, budget, longest_tokens(trace))
             service_s = requests["isolated_ns"][: filled.requests].sum() / 1e9
             load = float(service_s) / scenario.duration_s / scenario.utilisation_at_load_1
         node["n_requests"] = filled.requests
@@ -328,7 +337,8 @@ class EpisodeSampler:
             )
         budget = usable if scenario.budget_gb is None else round(scenario.budget_gb * 1e9)
         if scenario.fleet is None:
-            self._check_fit(platform, rows, budget, self._source.longest_tokens)
+            longest = np.full(len(rows), self._source.longest_tokens)
+            self._check_fit(platform, rows, budget, longest)
             return rows
         needed = bank.needed_bytes(rows, levels=False, tokens=self._source.longest_tokens)
         fitting = rows[needed <= budget]
@@ -341,9 +351,13 @@ class EpisodeSampler:
         return fitting
 
     def _check_fit(
-        self, platform: int, rows: NDArray[np.int64], budget_bytes: int, tokens: int
+        self,
+        platform: int,
+        rows: NDArray[np.int64],
+        budget_bytes: int,
+        tokens: NDArray[np.int64],
     ) -> None:
-        """Refuse a fleet that has a model which the budget can never serve."""
+        """Refuse a fleet with a model that can never serve its longest request, of int64[M]."""
         needed = self.bank.needed_bytes(rows, self.full_verbs, tokens)
         worst = int(needed.argmax())
         if needed[worst] <= budget_bytes:
@@ -357,11 +371,15 @@ class EpisodeSampler:
         remedy = f"raise the budget to {needed[worst] / 1e9:.1f} GB or leave the model out"
         if not self.full_verbs:
             remedy += ', or set verbs = "full" to stream its layers'
+        most = int(self.bank.most_tokens(rows, self.full_verbs, budget_bytes).min())
+        if most and isinstance(self._source, RecordedRequests):
+            remedy += f", or leave longer requests out (mmrl workload fit --longest {most})"
         raise InputError(
             f"scenario '{self.scenario.name}': {self._row_names[row]} can never fit on "
             f"{self.bank.platforms[platform].name}: {weights / 1e9:.1f} GB of {what}, "
             f"{(needed[worst] - weights - kv) / 1e9:.1f} GB reserved and {kv / 1e9:.1f} GB of KV "
-            f"cache for {tokens:,} tokens are more than the budget of {budget_bytes / 1e9:.1f} GB",
+            f"cache for {tokens[worst]:,} tokens are more than the budget of "
+            f"{budget_bytes / 1e9:.1f} GB",
             remedy,
         )
 

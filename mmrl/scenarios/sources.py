@@ -117,7 +117,7 @@ class RecordedRequests:
         self._duration_s = scenario.duration_s
         self._bank = bank
         self._fitted: dict[int, tuple[Trace, NDArray[np.float64]]] = {}
-        self.longest_tokens = longest_tokens(self._raw)
+        self.longest_tokens = int(longest_tokens(self._raw).max())
         for models in range(
             scenario.fleet.size[0] if scenario.fleet else scenario.largest_fleet,
             scenario.largest_fleet + 1,
@@ -201,9 +201,11 @@ def arrays(trace: Trace) -> TraceArrays:
     return TraceArrays(*(getattr(trace, field) for field in TraceArrays._fields))
 
 
-def longest_tokens(trace: Trace) -> int:
-    """Return the most tokens, prompt and output, that a request of the trace has."""
-    return int((trace.prompt_tokens.astype(np.int64) + trace.output_tokens).max(initial=1))
+def longest_tokens(trace: Trace) -> NDArray[np.int64]:
+    """Return the most tokens, prompt and output, of a request to each model, int64[M]; least 1."""
+    longest = np.ones(len(trace.model_names), np.int64)
+    np.maximum.at(longest, trace.model, trace.tokens)
+    return longest
 
 
 def unique_names(models: tuple[str, ...]) -> tuple[str, ...]:

@@ -101,6 +101,12 @@ def _parse_mooncake(row: dict[str, Any], file: str) -> Request:
     return Request(time_ns, file, tokens(row["input_length"]), _answer(row["output_length"]))
 
 
+def _parse_bailian(row: dict[str, Any], file: str) -> Request:
+    # The keys of Mooncake, but in seconds.
+    time_ns = _time_ns(row["timestamp"])
+    return Request(time_ns, file, tokens(row["input_length"]), _answer(row["output_length"]))
+
+
 def _lengths_only(prompt: str, output: str) -> Format:
     def parse(row: dict[str, Any], file: str) -> Request:
         return Request(0, file, tokens(row[prompt]), _answer(row[output]))
@@ -108,12 +114,14 @@ def _lengths_only(prompt: str, output: str) -> Format:
     return Format((prompt, output), parse)
 
 
+# A file is of the first format whose columns it has.
 FORMATS = {
     "mmrl": Format(CSV_COLUMNS[:4], _parse_own, own_clock=True),
     "azure-llm": Format(("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _parse_azure_llm),
     "burstgpt": Format(
         ("Timestamp", "Model", "Request tokens", "Response tokens"), _parse_burstgpt, tick_s=1.0
     ),
+    "bailian": Format(("chat_id", "timestamp", "input_length", "output_length"), _parse_bailian),
     "mooncake": Format(
         ("timestamp", "input_length", "output_length"), _parse_mooncake, tick_s=None
     ),

@@ -1,8 +1,9 @@
 """Readers: recorded traces become a `Trace` over the services that they tell apart.
 
 Files are read row by row, so that a bad row is named by its line. A service is a file (Azure
-LLM, Mooncake), a model (BurstGPT, our own CSV) or a function (Azure Functions); fleet.py maps
-services to the models of a fleet. Everything that is done to the requests becomes a note.
+LLM, Bailian, Mooncake), a model (BurstGPT, our own CSV) or a function (Azure Functions);
+fleet.py maps services to the models of a fleet. Everything that is done to the requests becomes
+a note.
 """
 
 import csv

@@ -101,6 +101,11 @@ class Trace:
         """int64[M], the requests of each model."""
         return np.bincount(self.model, minlength=len(self.model_names)).astype(np.int64)
 
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """int64[R], prompt and output of each request together."""
+        return self.prompt_tokens.astype(np.int64) + self.output_tokens
+
     def select(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> Self:
         """Return the requests of a mask or index array, with everything else as it is."""
         return replace(self, **{field: getattr(self, field)[kept] for field in ARRAY_TYPES})
@@ -108,6 +113,26 @@ class Trace:
     def with_note(self, note: str) -> Self:
         """Return the same trace with one more note."""
         return replace(self, notes=(*self.notes, note))
+
+    def without_longer(self, most_tokens: int | NDArray[np.int64]) -> Self:
+        """Leave out the requests that have more tokens, prompt and output, than they may.
+
+        Args:
+            most_tokens: For all requests, or int64[M] for those of each model.
+
+        Raises:
+            InputError: None would be left.
+        """
+        most = np.broadcast_to(most_tokens, len(self.model_names))
+        kept = self.tokens <= most[self.model]
+        if kept.all():
+            return self
+        limit = " to ".join(f"{bound:,}" for bound in sorted({int(most.min()), int(most.max())}))
+        left = int((~kept).sum())
+        note = f"left out {left:,} of {len(self):,} requests: over the limit of {limit} tokens"
+        if left == len(self):
+            raise InputError(f"no request is within the limit of {limit} tokens")
+        return self.select(kept).with_note(note)
 
     def slice(self, start_s: float, end_s: float) -> Self:
         """Return the requests that arrive in [start_s, end_s), with start_s as the new zero.

@@ -149,6 +149,15 @@ def test_a_trace_is_cut_into_windows_that_all_policies_meet(tiny, tmp_path):
     assert (counts["min"] > 0).all()
 
 
+def test_what_a_model_can_never_hold_is_left_out_of_a_trace(tiny, tmp_path):
+    trace = tmp_path / "trace.csv"
+    rows = [f"{k * 0.9:.1f},a,{2**22 if k == 3 else 50},20" for k in range(60)]
+    trace.write_text("arrival_s,model,prompt_tokens,output_tokens\n" + "\n".join(rows) + "\n")
+    found = evaluate(["slack"], [tiny], traces=[trace], episodes=1)
+    (board,) = found.summary["boards"]
+    assert any("left out 1 of 60 requests" in note for note in board["notes"])
+
+
 def test_tables_name_policies_and_the_winner(results, capsys):
     print_results(results, Console(width=80, highlight=False))
     printed = capsys.readouterr().out

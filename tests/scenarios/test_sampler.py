@@ -1,3 +1,5 @@
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +78,10 @@ def test_every_model_fits_the_budget(name: str, seed: int) -> None:
     weights = node.base_bytes[:models].copy()
     if not node.full_verbs:
         weights += (node.pieces[:models] - 1) * node.layer_bytes[:models]
-    longest = 8192 // 16 + 1
-    left = node.budget_bytes - node.reserve_bytes - weights - longest * node.block_bytes[:models]
+    blocks = sampler.longest_tokens // 16 + 1
+    left = node.budget_bytes - node.reserve_bytes - weights - blocks * node.block_bytes[:models]
     assert (left >= 0).all()
-    assert (requests.prompt + requests.output <= 8192).all()
+    assert (requests.prompt + requests.output <= sampler.longest_tokens).all()
 
 
 def test_same_state_same_bytes() -> None:
@@ -267,6 +269,21 @@ def test_a_scenarios_trace_is_stretched_to_the_load(tmp_path: Path) -> None:
         service.append(r.isolated_ns.sum() / 60e9)
     assert np.mean(counts) == pytest.approx(info.rate_per_s * 60, rel=0.05)
     assert np.mean(service) == pytest.approx(2.0, rel=0.05)
+
+
+def test_a_trace_that_does_not_fit_says_what_to_leave_out(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    trace = make_trace(tuple("abcdef"), 4.0, 300.0)
+    prompts = trace.prompt_tokens.copy()
+    prompts[7] = 2**20
+    replace(trace, prompt_tokens=prompts).to_csv(path)
+    options = {"trace": {"paths": path}, "utilisation_at_load_1": 2.0}
+    with pytest.raises(InputError, match="KV cache for 1,04") as caught:
+        get_scenario("demo", **options).sampler()
+    found = re.search(r"--longest (\d+)", caught.value.remedy or "")
+    assert found
+    trace.without_longer(int(found[1])).to_csv(path)
+    get_scenario("demo", **options).sampler()
 
 
 def test_a_short_trace_begins_anew(tmp_path: Path) -> None:

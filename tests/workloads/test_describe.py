@@ -84,6 +84,11 @@ def test_generate_describe_fit(tmp_path):
     assert done.exit_code == 0, done.output
     assert Trace.from_csv(fitted).rate_per_s == pytest.approx(2)
     assert "time dilation" in done.output
+    short = ["fit", str(made), "--models", "x,y", "--longest", "500", "--out", str(fitted)]
+    done = run(app, short)
+    assert done.exit_code == 0, done.output
+    assert "over the limit of 500 tokens" in done.output
+    assert Trace.from_csv(fitted).tokens.max() <= 500 < trace.tokens.max()
 
 
 @pytest.mark.parametrize(

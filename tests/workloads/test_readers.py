@@ -22,6 +22,10 @@ MOONCAKE = """{"timestamp": 0, "input_length": 5000, "output_length": 90, "hash_
 {"timestamp": 3001, "input_length": 10, "output_length": 3, "hash_ids": []}
 {"timestamp": 3001, "input_length": 11, "output_length": 3, "hash_ids": []}
 """
+BAILIAN = """{"chat_id": 5, "parent_chat_id": -1, "timestamp": 61.114, "input_length": 521, \
+"output_length": 132, "type": "text", "turn": 1, "hash_ids": [1, 2]}
+{"chat_id": 9, "parent_chat_id": 5, "timestamp": 62.5, "input_length": 60, "output_length": 7}
+"""
 FUNCTIONS = """HashOwner,HashApp,HashFunction,Trigger,1,2,3
 o,a,f1,http,10,0,5
 o,a,f2,timer,0,0,0
@@ -87,6 +91,13 @@ def test_mooncake_spreads_up_to_the_next_tick(write):
     assert sorted(trace.prompt_tokens[:2].tolist()) == [5000, 6000]
     assert 0 < trace.arrival_ns[1] < 3_001_000_000 < trace.arrival_ns[2] < 6_002_000_000
     assert any("steps of 3.001 s" in note for note in trace.notes)
+
+
+def test_bailian_has_the_keys_of_mooncake_but_counts_seconds(write):
+    trace = read_trace([write(BAILIAN, "api.jsonl")])
+    assert trace.arrival_ns.tolist() == [0, 1_386_000_000]
+    assert trace.model_names == ("api",)
+    assert trace.prompt_tokens.tolist() == [521, 60] and trace.output_tokens.tolist() == [132, 7]
 
 
 def test_exact_times_are_not_spread(write):

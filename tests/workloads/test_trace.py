@@ -43,6 +43,19 @@ def test_rate_and_counts():
     assert trace.counts.tolist() == [1, 2]
 
 
+def test_long_requests_are_left_out_and_counted():
+    trace = trace_of(ROWS)
+    assert trace.without_longer(110) is trace
+    short = trace.without_longer(109)
+    assert short.tokens.tolist() == [30, 70] and short.duration_s == trace.duration_s
+    assert short.notes == ("left out 1 of 3 requests: over the limit of 109 tokens",)
+    by_model = trace.without_longer(np.array([29, 70]))
+    assert by_model.tokens.tolist() == [70]
+    assert "over the limit of 29 to 70 tokens" in by_model.notes[0]
+    with pytest.raises(InputError, match="no request is within the limit of 29 tokens"):
+        trace.without_longer(29)
+
+
 def test_slice_moves_the_zero_and_says_so():
     part = trace_of(ROWS).slice(0.5, 4.0)
     assert part.arrival_ns.tolist() == [0, 0]

@@ -1,8 +1,10 @@
 """An evaluation is paired, the same on any number of processes, and whole on disk or not there."""
 
+import copy
 import errno
 import json
 import os
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -156,6 +158,19 @@ def test_what_a_model_can_never_hold_is_left_out_of_a_trace(tiny, tmp_path):
     found = evaluate(["slack"], [tiny], traces=[trace], episodes=1)
     (board,) = found.summary["boards"]
     assert any("left out 1 of 60 requests" in note for note in board["notes"])
+
+
+@pytest.mark.parametrize(("goodput", "overloaded"), [(0.3, True), (0.7, False)])
+def test_a_trace_that_nobody_can_serve_is_told_from_a_bad_policy(
+    results, capsys, goodput, overloaded
+):
+    summary = copy.deepcopy(results.summary)
+    for board in summary["boards"]:
+        board["trace"] = "trace.csv"
+        for found in board["rows"]:
+            found["goodput"] = goodput
+    print_results(replace(results, summary=summary), Console(width=80, highlight=False))
+    assert ("Overloaded" in capsys.readouterr().out) is overloaded
 
 
 def test_tables_name_policies_and_the_winner(results, capsys):

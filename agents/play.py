@@ -22,7 +22,7 @@ import numpy.typing as npt
 from mmrl.agents.contenders import Contender
 from mmrl.agents.export import ExportedPolicy, load_policy
 from mmrl.agents.runner import PolicyRunner
-from mmrl.agents.windows import Windows, cut, label
+from mmrl.agents.windows import Windows, cut, fit, label
 from mmrl.bounds import Lookahead
 from mmrl.errors import InputError
 from mmrl.metrics import episode_metrics, request_latencies
@@ -114,7 +114,8 @@ def make_boards(
         if raw is None:
             boards.append(Board(name, path))
             continue
-        windows = {load: cut(raw, sampler, load, episodes) for load in loads}
+        fitted = fit(raw, sampler)
+        windows = {load: cut(fitted, sampler, load, episodes) for load in loads}
         boards.append(Board(f"{name}, {label(traces)}", path, label(traces), windows))
     names = [board.name for board in boards]
     if len(set(names)) < len(names):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import mmrl
 from mmrl.agents.play import PLANNED, SIDE_BY_SIDE, Piece, Played, stream
 from mmrl.agents.suite_policies import Entry
-from mmrl.agents.windows import cut, label
+from mmrl.agents.windows import cut, fit, label
 from mmrl.errors import InputError
 from mmrl.files import atomic_write
 from mmrl.scenarios.suite import Cell, Suite, digest
@@ -131,7 +131,8 @@ def trace_cells(
     told = hashlib.sha256(b"".join(path.read_bytes() for path in traces)).hexdigest()[:16]
     found = []
     for base in bases:
-        windows = cut(raw, base.scenario.sampler(), base.load, episodes)
+        sampler = base.scenario.sampler()
+        windows = cut(fit(raw, sampler), sampler, base.load, episodes)
         name = f"{base.platform}-trace-{label(traces)}"
         about = {"name": name, "variation": "trace", "origin": base.name, "first": 0}
         cell = replace(base, **about, trace=f"{label(traces)} {told}")  # type: ignore[arg-type]

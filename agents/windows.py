@@ -1,4 +1,4 @@
-"""Cut a recorded trace into episodes of a scenario: the windows that every policy then meets."""
+"""Fit a recorded trace to a scenario, and cut it into the episodes that every policy then meets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mmrl.errors import InputError
+from mmrl.scenarios.calibrate import GOODPUT, LEAST, MOST, find_crossing, rule_goodput
 from mmrl.scenarios.requests import recorded_service_s
 from mmrl.scenarios.sampler import EpisodeSampler
 from mmrl.scenarios.sources import arrays, unique_names
@@ -14,6 +15,7 @@ from mmrl.workloads.fleet import Mapping, dilate, fit_to_fleet
 from mmrl.workloads.trace import Trace
 
 SERVICE_SAMPLES = 20_000  # requests that are looked at to learn what the trace's service costs
+CALIBRATED = 40  # windows on which load 1 is found
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,16 @@ class Windows:
     notes: tuple[str, ...]
 
 
-def cut(
-    raw: Trace, sampler: EpisodeSampler, load: float, most: int, mapping: Mapping = "auto"
-) -> Windows:
-    """Fit a trace to the fleet and load of a scenario and cut it into episodes.
+def fit(raw: Trace, sampler: EpisodeSampler, mapping: Mapping = "auto") -> Trace:
+    """Fit a trace to the fleet of a scenario, and stretch its time so that it offers load 1.
 
-    Requests that their model can never serve are left out, as a server refuses them. Time is
-    stretched so that the whole trace offers the load; each window is as long as the
-    scenario's episodes and no two overlap, so that they can be compared as separate episodes.
+    Load 1 is what it is everywhere: there the slack rule reaches a goodput of .90. A trace has its
+    own, for the same seconds of service alone can be batched well or not at all. Requests that
+    their model can never serve are left out, as a server refuses them.
 
     Args:
         raw: What `read_trace` gave.
         sampler: Of a scenario with a fixed fleet on one platform.
-        load: 1 as the scenario defines it.
-        most: How many windows are wanted at most; spread evenly over the trace.
         mapping: How services become models, see `fit_to_fleet`.
 
     Raises:
@@ -64,19 +62,57 @@ def cut(
         sampler.prefill_tables,
     )
     mean_service_s = float(service_s[sampler.rows(0), np.arange(len(scenario.models))].sum())
-    fitted = dilate(fitted, load * scenario.utilisation_at_load_1 / mean_service_s)
-    length_s = scenario.duration_s
+
+    def at(utilisation: float) -> Trace:
+        return dilate(fitted, utilisation / mean_service_s)
+
+    def goodput(utilisation: float) -> float:
+        traces = _slices(at(utilisation), scenario.duration_s, CALIBRATED)
+        sampler.capacity = max(sampler.capacity, *map(len, traces))
+        return rule_goodput(sampler, [{"trace": trace} for trace in traces])
+
+    own, limits = scenario.utilisation_at_load_1, (LEAST, MOST)
+    try:
+        found, reached = find_crossing("this trace", goodput, lambda *tried: None, own, limits)
+    except InputError:
+        note = f"the slack rule's goodput is never {GOODPUT:.2f}: load 1 is that of the scenario"
+        return at(own).with_note(note)
+    return at(found).with_note(f"that is load 1: the slack rule has a goodput of {reached:.2f}")
+
+
+def cut(fitted: Trace, sampler: EpisodeSampler, load: float, most: int) -> Windows:
+    """Cut a trace into episodes at a load.
+
+    Each window is as long as the scenario's episodes and no two overlap, so that they can be
+    compared as separate episodes.
+
+    Args:
+        fitted: What `fit` gave.
+        sampler: Of the scenario.
+        load: Load; time is stretched to it.
+        most: How many windows are wanted at most; spread evenly over the trace.
+    """
+    if load != 1:
+        fitted = dilate(fitted, load * fitted.rate_per_s)
+    length_s = sampler.scenario.duration_s
+    traces = _slices(fitted, length_s, most)
     whole = int(fitted.duration_s / length_s)
+    note = f"cut into {len(traces)} episodes of {length_s:g} s"
     if whole == 0:
         note = f"played as one episode of {fitted.duration_s:.1f} s"
-        return Windows((fitted,), (*fitted.notes, note))
+    elif len(traces) < whole:
+        note += f", spread evenly over the {whole:,} that it has"
+    return Windows(tuple(replace(trace, notes=()) for trace in traces), (*fitted.notes, note))
+
+
+def _slices(trace: Trace, length_s: float, most: int) -> tuple[Trace, ...]:
+    """Return at most so many windows of a length, or all of a trace that is shorter than one."""
+    whole = int(trace.duration_s / length_s)
+    if whole == 0:
+        return (trace,)
     count = min(most, whole)
     starts_s = [(k * whole // count) * length_s for k in range(count)]
-    traces = tuple(fitted.slice(start, start + length_s) for start in starts_s)
-    note = f"cut into {count} episodes of {length_s:g} s" + (
-        f", spread evenly over the {whole:,} that it has" if count < whole else ""
-    )
-    return Windows(tuple(replace(trace, notes=()) for trace in traces), (*fitted.notes, note))
+    return tuple(trace.slice(start, start + length_s) for start in starts_s)
 
 
 def label(files: Sequence[Path]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmrl.agents.windows import cut, label
+from mmrl.agents.windows import cut, fit, label
 from mmrl.deploy.streams import Client, Outcome, Stream
 from mmrl.errors import InputError, unknown
 from mmrl.node.state import MAX_MODELS, Nodes, new_nodes, new_requests
@@ -103,7 +103,8 @@ def episode_workload(
     options: dict[str, Any] = {"load": load}
     capacity = sampler.capacity
     if traces:
-        windows = cut(read_trace(list(traces)), sampler, load, ALL_WINDOWS)
+        fitted = fit(read_trace(list(traces)), sampler)
+        windows = cut(fitted, sampler, load, ALL_WINDOWS)
         if episode >= len(windows.traces):
             raise InputError(
                 f"{label(traces)} has {len(windows.traces)} windows of "

@@ -10,13 +10,9 @@ from typing import Any
 import numpy as np
 
 from mmrl.deploy.node import LiveNode, ModelCosts, NodeNumbers
-from mmrl.metrics import episode_metrics
 from mmrl.node.state import NODE, Nodes, Record
 from mmrl.profiles.costs import CostModel
-from mmrl.rollout import run_rule
-from mmrl.rules import get_rule
-from mmrl.scenarios.calibrate import RULE, find_crossing
-from mmrl.sim.batch import Simulator
+from mmrl.scenarios.calibrate import find_crossing, rule_goodput
 from mmrl.workloads.generators import WorkloadSpec, sample_trace
 from mmrl.workloads.trace import Trace
 
@@ -49,23 +45,14 @@ def sustainable_rate(
     """
     source = _Episodes(models, numbers, duration_s)
     names = tuple(f"m{m}" for m in range(len(models)))
-    rule = get_rule(RULE)
 
     def goodput(rate_per_s: float) -> float:
         traces = [
             sample_trace(spec, names, rate_per_s, duration_s, FIRST_SEED + i)
             for i in range(episodes)
         ]
-        traces = [trace for trace in traces if len(trace)]
-        if not traces:
-            return 1.0
         source.capacity = max(map(len, traces))
-        simulator = Simulator(source, len(traces))
-        for i, trace in enumerate(traces):
-            simulator.reset(i, np.random.default_rng(0), {"trace": trace})
-        run_rule(simulator, rule)
-        played = zip(simulator.nodes, simulator.requests, strict=True)
-        return float(np.mean([episode_metrics(s, r)["goodput"] for s, r in played]))
+        return rule_goodput(source, [{"trace": trace} for trace in traces])
 
     alone = [CostModel(model.profile).isolated_latency_s(*TYPICAL_TOKENS) for model in models]
     start = min(max(1.0 / float(np.mean(alone)), LIMITS[0]), LIMITS[1])

@@ -27,11 +27,6 @@ KIND_STYLE = {
     "bound": "dim",
 }
 COMPILING = "the first time, code is compiled: a minute or two"
-HOPELESS = 0.6  # goodput of all policies below which a trace is played at too high a load
-OVERLOAD_NOTE = (
-    "Overloaded whoever decides: load 1 was found for the scenario's own requests, and those of "
-    "this trace leave less to batch. --loads 0.5,0.2 offers less."
-)
 GOODPUT_NOTE = (
     "vs best: against the best rule, points, paired by episode; P(better): share of\n"
     "episodes that go better than with it; worst: the worst model of each episode"
@@ -66,7 +61,7 @@ def command(
     ] = None,
     trace: Annotated[
         list[Path] | None,
-        typer.Option(help="Recorded requests instead of the scenario's; may be repeated."),
+        typer.Option(help="Recorded requests, stretched in time to the load; may be repeated."),
     ] = None,
     episodes: Annotated[
         int | None,
@@ -137,8 +132,6 @@ def print_results(results: "Results", console: Console) -> None:
             console.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
         _print_headlines(board, console)
         rows = [row for row in board["rows"] if row["load"] == board["main_load"]]
-        if board["trace"] and all((row["goodput"] or 0) < HOPELESS for row in rows):
-            console.print(OVERLOAD_NOTE)
         about = f"{board['episodes']} episodes at load {board['main_load']:g}"
         console.print()
         console.print(_goodput_table(rows, about))

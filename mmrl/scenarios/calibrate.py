@@ -7,7 +7,8 @@ rate makes other episodes of them: the line averages the noise that a bisection 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from mmrl.errors import InputError
 from mmrl.node.state import DONE, MISS_NONE
 from mmrl.scenarios.schema import Scenario
 from mmrl.scenarios.seeds import episode_rng
+
+if TYPE_CHECKING:
+    from mmrl.sim.batch import Sampler
 
 RULE = "slack"
 GOODPUT = 0.9
@@ -31,16 +35,26 @@ def goodput_at(scenario: Scenario, utilisation: float, episodes: int) -> float:
         utilisation: Offered seconds of service alone per second.
         episodes: How many, the first of the split; those without requests do not count.
     """
+    at_load_1 = scenario.model_copy(
+        update={"utilisation_at_load_1": utilisation, "load": (1.0, 1.0)}
+    )
+    return rule_goodput(at_load_1.sampler(), [None] * episodes)
+
+
+def rule_goodput(sampler: "Sampler", episodes: Sequence[Mapping[str, Any] | None]) -> float:
+    """Return the slack rule's mean goodput over development episodes; 1 if none has requests.
+
+    Args:
+        sampler: Where the episodes come from.
+        episodes: The options with which each is drawn; those without requests do not count.
+    """
     from mmrl.rollout import run_rule
     from mmrl.rules import get_rule
     from mmrl.sim.batch import Simulator
 
-    at_load_1 = scenario.model_copy(
-        update={"utilisation_at_load_1": utilisation, "load": (1.0, 1.0)}
-    )
-    simulator = Simulator(at_load_1.sampler(), episodes)
-    for i in range(episodes):
-        simulator.reset(i, episode_rng("dev", i))
+    simulator = Simulator(sampler, len(episodes))
+    for i, options in enumerate(episodes):
+        simulator.reset(i, episode_rng("dev", i), options)
     run_rule(simulator, get_rule(RULE))
     shares = []
     for node, requests in zip(simulator.nodes, simulator.requests, strict=True):

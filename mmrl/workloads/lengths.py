@@ -5,8 +5,7 @@ model of a fleet its own family and draw from it with `sample_lengths`.
 
 The numbers of `code` and `summarize` come from ``mmrl workload describe`` on recorded data: the
 median, and the least-squares slope of the log deciles (`fit_lognormal`). `chat` has the numbers
-of the feasibility study, `agent` has about the means that Mooncake's traces are published with
-(prompts of 8,600 to 12,000 tokens, answers of 180 to 340), `batch` and `thinking` are choices.
+of the feasibility study, `batch` is a choice.
 """
 
 from dataclasses import dataclass
@@ -54,8 +53,6 @@ FAMILIES = {
     # arXiv summarisation as shipped with vidur: 28,257 pairs, prompts of up to 4,054.
     "summarize": LengthFamily(2730, 0.41, 167, 0.59, prompt_max_tokens=4054),
     "batch": LengthFamily(800, 0.8, 600, 0.7, batch_work=True),
-    "agent": LengthFamily(5500, 1.1, 150, 0.9),
-    "thinking": LengthFamily(400, 1.0, 1200, 0.8),
 }
 
 # The columns of LengthTable.rows.

@@ -149,7 +149,7 @@ def plan_site(
         try:
             sampler = scenario.sampler()
         except InputError as error:
-            return Answer(site, _misfit(question, site, error.message))
+            return Answer(site, _misfit(question, site, str(error)))
         report(f"{site.label}: {policy}")
         curve = play_rates(sampler, policy, player, question.total_per_s)
         rules = _compare_rules(

@@ -148,6 +148,7 @@ def test_a_plan_from_question_to_page(quick: None, tmp_path: Path) -> None:
     assert answers[0].fit.verdict == "all at once"
     assert answers[1].fit.verdict == "does not fit"
     assert "qwen2.5-1.5b can never fit" in answers[1].fit.reason
+    assert "raise the budget to" in answers[1].fit.reason
     assert not answers[1].curves
     (slack, *_) = answers[0].curves
     assert slack.goodput[0] == 1

@@ -106,8 +106,8 @@ class Trace:
         """int64[R], prompt and output of each request together."""
         return self.prompt_tokens.astype(np.int64) + self.output_tokens
 
-    def select(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> Self:
-        """Return the requests of a mask or index array, with everything else as it is."""
+    def select(self, kept: NDArray[np.bool_] | NDArray[np.intp] | slice) -> Self:
+        """Return the requests of a mask, index array or range, with everything else as it is."""
         return replace(self, **{field: getattr(self, field)[kept] for field in ARRAY_TYPES})
 
     def with_note(self, note: str) -> Self:
@@ -147,8 +147,9 @@ class Trace:
             )
         start_ns = round(start_s * 1e9)
         duration_s = end_s - start_s
-        since_ns = self.arrival_ns - start_ns
-        part = self.select((since_ns >= 0) & (since_ns < duration_s * 1e9))
+        end_ns = start_ns + math.ceil(duration_s * 1e9)
+        first, last = np.searchsorted(self.arrival_ns, (start_ns, end_ns))
+        part = self.select(slice(first, last))
         note = f"window {start_s:g} to {end_s:g} s: {len(part):,} of {len(self):,} requests kept"
         return replace(
             part,

@@ -234,7 +234,7 @@ def _() -> dict[str, Any]:
 
     def step_s() -> float:
         return statistics.median(
-            took for m, kind, batch, took, _, _ in rig.steps if m == 0 and kind == DECODE_STEP
+            step.took_s for step in rig.steps if step.model == 0 and step.kind == DECODE_STEP
         )
 
     def steps(during: Callable[[], bool]) -> float:
@@ -294,9 +294,9 @@ def _() -> dict[str, Any]:
         # Prefills and steps alternate: a batch is whole only when the last prompt is in.
         numbers = [rig.submit(SEVEN, 256, 64 + 2 * batch) for _ in range(batch)]
         rig.until(lambda n=numbers: rig.finished(n))
-        steps = [step for step in rig.steps if step[1] == DECODE_STEP and step[2] == batch]
-        step = statistics.median(step[3] for step in steps)
-        gaps = [b[4] - a[5] for a, b in itertools.pairwise(steps)]
+        steps = [s for s in rig.steps if s.kind == DECODE_STEP and s.batch == batch]
+        step = statistics.median(s.took_s for s in steps)
+        gaps = [b.begun_s - a.ended_s for a, b in itertools.pairwise(steps)]
         overhead = statistics.median(gaps) / step
         kv = batch * (288 + batch) * rig.engine.models[0].pool.block_bytes / 16
         out[f"batch {batch}: step_s"] = step

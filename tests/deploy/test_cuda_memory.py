@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmrl.deploy.kv import HostKV, KVPool
 from mmrl.deploy.memory import (
     BudgetExceeded,
     DeviceMemory,
@@ -100,6 +101,32 @@ def test_the_budget_and_the_device_run_out_separately() -> None:
     space.tensor[: memory.granule].fill_(3)
     assert int(space.tensor[0]) == 3
     space.close()
+
+
+def test_scattered_kv_is_saved_and_restored_and_compacted_whole(memory: DeviceMemory) -> None:
+    pool = KVPool(memory, layers=8, kv_heads=4, head_dim=128, dtype=torch.bfloat16)
+    host = HostKV(100 * pool.block_bytes, page_locked=True)
+    stream = torch.cuda.Stream()  # as the engine's threads have one each
+    with torch.cuda.stream(stream):
+        for blocks in range(1, 31):
+            for key in (1, 2):  # grown in turn: no two blocks of a sequence are adjacent
+                pool.resize(key, blocks)
+        pool.data[pool.table(1).tolist()] = torch.randn_like(pool.data[:30])
+        before = pool.data[pool.table(1).tolist()].clone()
+        host.save(pool, 1)
+        pool.free(1)
+        pool.resize(3, 15)  # takes the lower half of the holes
+        pool.resize(1, 30)
+        pool.data[pool.table(1).tolist()] = 0
+        host.restore(pool, 1)
+        assert torch.equal(pool.data[pool.table(1).tolist()], before)
+        pool.slack_bytes = 0
+        pool.free(2)
+        pool.free(3)
+        assert pool.compact({1}) > 0
+        assert torch.equal(pool.data[pool.table(1).tolist()], before)
+    pool.close()
+    host.close()
 
 
 @pytest.mark.parametrize("to_device", [True, False])

@@ -20,6 +20,7 @@ lint: .venv/ready
 
 types: .venv/ready
 	@$(RUN) mypy
+	@$(RUN) mypy benchmarks
 
 check: test lint types
 

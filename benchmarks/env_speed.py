@@ -12,9 +12,7 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -130,7 +128,7 @@ def scalar(seconds: float) -> float:
 
 def cartpole(seconds: float) -> tuple[float, float]:
     """Return steps/s of Gymnasium's CartPole: plain, and its native batch of 64."""
-    plain = float(benchmark_step(gym.make("CartPole-v1"), target_duration=seconds, seed=0))
+    plain = float(benchmark_step(gym.make("CartPole-v1"), target_duration=round(seconds), seed=0))
     envs = gym.make_vec("CartPole-v1", 64)
     envs.reset(seed=0)
     actions = envs.action_space.sample()
@@ -150,29 +148,29 @@ def main() -> None:
     given = parser.parse_args()
     figures: dict[str, float] = {}
 
-    def report(name: str, measure: Callable[[], float]) -> None:
-        figures[name] = measure()
+    def report(name: str, figure: float) -> None:
+        figures[name] = figure
         print(f"{name:<58} {figures[name]:>14,.0f}", flush=True)
 
     print(f"mmrl {mmrl.__version__}, Python {platform.python_version()}, one thread")
-    report("gym.make, steps/s", lambda: scalar(given.seconds))
+    report("gym.make, steps/s", scalar(given.seconds))
     for policy, load in (("slack", 0.5), ("slack", 1.0), ("random", 1.0)):
         decisions, simulated, each = native(policy, given.envs, given.seconds, load)
         name = f"batch of {given.envs}, 8 models, {policy}, load {load}"
-        report(f"{name}: decisions/s", lambda d=decisions: d)
-        report(f"{name}: simulated s/s", lambda d=simulated: d)
-        report(f"{name}: simulated ms/decision", lambda d=each: d * 1e3)
+        report(f"{name}: decisions/s", decisions)
+        report(f"{name}: simulated s/s", simulated)
+        report(f"{name}: simulated ms/decision", each * 1e3)
     plain, batch = cartpole(given.seconds)
-    report("CartPole, gym.make, steps/s", lambda: plain)
-    report("CartPole, native batch of 64, steps/s", lambda: batch)
+    report("CartPole, gym.make, steps/s", plain)
+    report("CartPole, native batch of 64, steps/s", batch)
     if given.sched_sim:
         script = SCHED_SIM.format(seconds=given.seconds)
         answer = subprocess.run(
             [given.sched_sim, "-c", script], check=True, capture_output=True, text=True
         )
         iterations, simulated = json.loads(answer.stdout.splitlines()[-1])
-        report("sched-sim 0.2.1, iterations/s", lambda: iterations)
-        report("sched-sim 0.2.1, simulated s/s", lambda: simulated)
+        report("sched-sim 0.2.1, iterations/s", iterations)
+        report("sched-sim 0.2.1, simulated s/s", simulated)
     if given.out:
         from mmrl.files import write_json
 
@@ -180,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

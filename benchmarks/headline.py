@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     requests, runs = [], []
     for path in sorted(folder.glob(RUN.format(repeat="*", policy="*"))):
         _, repeat, policy = path.name.split("-", 2)
-        about = {"policy": policy, "repeat": int(repeat)}
+        about: dict[str, Any] = {"policy": policy, "repeat": int(repeat)}
         requests.append(pd.read_parquet(path / "requests.parquet").assign(**about))
         for row in pd.read_parquet(path / "episodes.parquet").to_dict("records"):
             values = {name: row[name] for name in METRICS}
@@ -91,9 +92,9 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 def blocks(requests: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return requests and good ones, a row per block of arrivals and a column per policy."""
     block = (requests.scheduled_s // BLOCK_S).astype(int)
-    good = requests.groupby([requests.repeat, block, requests.policy]).good.agg(["size", "sum"])
-    table = good.unstack("policy").dropna()  # of a repeat that is not done by all, nothing
-    return table["size"], table["sum"]
+    good = requests.groupby([requests.repeat, block, requests.policy]).good
+    # Of a repeat that is not done by all, nothing.
+    return good.size().unstack("policy").dropna(), good.sum().unstack("policy").dropna()
 
 
 def table(requests: pd.DataFrame, runs: pd.DataFrame) -> list[dict[str, Any]]:
@@ -106,6 +107,9 @@ def table(requests: pd.DataFrame, runs: pd.DataFrame) -> list[dict[str, Any]]:
         n, met = counts[policy].to_numpy()[rows], good[policy].to_numpy()[rows]
         return np.asarray(met.sum(-1) / n.sum(-1))
 
+    def lead(policy: str, over: str, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(share(policy, rows) - share(over, rows))
+
     order = [name for name in runs.policy.unique() if name in counts]
     learned = next((name for name in order if name not in POLICIES[:3]), None)
     rows = []
@@ -116,12 +120,10 @@ def table(requests: pd.DataFrame, runs: pd.DataFrame) -> list[dict[str, Any]]:
             "requests": int(counts[policy].sum()),
             "live": mine.loc[True].to_dict(),
             "simulated": mine.loc[False].to_dict(),
-            "goodput": bootstrap(index, lambda rows, p=policy: share(p, rows)),
+            "goodput": bootstrap(index, partial(share, policy)),
         }
-        if learned not in (None, policy):
-            row["learned_leads_by"] = bootstrap(
-                index, lambda rows, p=policy: share(learned, rows) - share(p, rows)
-            )
+        if learned is not None and learned != policy:
+            row["learned_leads_by"] = bootstrap(index, partial(lead, learned, policy))
         rows.append(row)
     return sorted(rows, key=lambda row: row["goodput"].estimate)
 

@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ def rig_of(names: list[str], memory_gb: float, **options: Any) -> Rig:
     rig = Rig.of(names, device="cuda", memory=int(memory_gb * 1e9), **options)
     print(f"  {', '.join(names)}: opened in {rig.opened_s:.1f} s")
     return rig
+
+
+def until_tokens(rig: Rig, number: int, count: int = 1) -> None:
+    """Run until a request has been answered with tokens so many times."""
+    rig.until(lambda: len(rig.times[number]) >= count)
+
+
+def until_out(rig: Rig) -> None:
+    """Run until the first model has given back its memory."""
+    rig.until(lambda: rig.node.state.granted[0] == 0)
 
 
 def section(name: str) -> Callable[[Callable[[], dict[str, Any]]], Callable[[], None]]:
@@ -131,7 +142,7 @@ def _() -> dict[str, Any]:
         for _ in range(5):
             times.append(rig.level(name, LEVEL_100))
             rig.act(name, OUT)
-            rig.until(lambda s=rig.node.state: s.granted[0] == 0)
+            until_out(rig)
         seconds = statistics.median(times)
         out[f"{name}_s"] = seconds
         out[f"{name}_of_link_rate (>= .95)"] = weights / seconds / link
@@ -154,7 +165,7 @@ def _() -> dict[str, Any]:
             if s.target[0] != 1 + (int(s.pieces[0] - 1) * (verb - LEVEL_0) + 3) // 4:
                 rig.level(SEVEN, verb)
             numbers = [rig.submit(SEVEN, 128, 40) for _ in range(batch)]
-            rig.until(lambda n=numbers: rig.finished(n))
+            rig.until(partial(rig.finished, numbers))
             gaps = rig.gaps(numbers[-1], 8)
             step = statistics.median(gaps)
             missing = int(s.pieces[0] - s.target[0])
@@ -212,11 +223,11 @@ def _() -> dict[str, Any]:
         number = rig.submit(SEVEN, 128, 2)
         begun = time.monotonic()
         rig.act(SEVEN, LEVEL_100)
-        rig.until(lambda n=number: bool(rig.times[n]))
+        until_tokens(rig, number)
         times.append(rig.times[number][0][0] - begun)
         rig.clear()
         rig.act(SEVEN, OUT)
-        rig.until(lambda: rig.node.state.granted[0] == 0)
+        until_out(rig)
     rig.close()
     first = statistics.median(times[1:])
     return {"first_token_s": first, "of bytes / link rate (<= 1.05)": first / (weights / link)}
@@ -253,7 +264,7 @@ def _() -> dict[str, Any]:
     for _ in range(3):
         rig.level(SEVEN, LEVEL_0)
         other = [rig.submit(SEVEN, 128, 5) for _ in range(2)]
-        busy = steps(lambda o=other: rig.finished(o))
+        busy = steps(partial(rig.finished, other))
         out["7B's step while it streams, s"] = statistics.median(rig.gaps(other[-1], 1))
         after = alone()
         ratios["stream"].append(busy / ((before + after) / 2))
@@ -289,11 +300,11 @@ def _() -> dict[str, Any]:
     for batch in (1, 8, 32, 64):
         numbers = [rig.submit(SEVEN, 256, 64) for _ in range(batch)]
         begun = time.perf_counter()
-        rig.until(lambda n=numbers: rig.finished(n))
+        rig.until(partial(rig.finished, numbers))
         took = time.perf_counter() - begun
         # Prefills and steps alternate: a batch is whole only when the last prompt is in.
         numbers = [rig.submit(SEVEN, 256, 64 + 2 * batch) for _ in range(batch)]
-        rig.until(lambda n=numbers: rig.finished(n))
+        rig.until(partial(rig.finished, numbers))
         steps = [s for s in rig.steps if s.kind == DECODE_STEP and s.batch == batch]
         step = statistics.median(s.took_s for s in steps)
         gaps = [b.begun_s - a.ended_s for a, b in itertools.pairwise(steps)]
@@ -351,7 +362,7 @@ def _() -> dict[str, Any]:
     rig.level(SEVEN, LEVEL_100)
     s, live = rig.node.state, rig.engine.models[0]
     number = rig.submit(SEVEN, 4096, 2000)
-    rig.until(lambda: len(rig.times[number]) > 4)
+    until_tokens(rig, number, 5)
     saves, returns = [], []
     for _ in range(5):
         before = int(s.kv_save_bytes[0]), int(s.kv_restore_bytes[0])
@@ -369,7 +380,7 @@ def _() -> dict[str, Any]:
         rig.until(lambda: s.landed[0] == s.pieces[0])
         returns.append((time.perf_counter() - begun) / ((weights + restored) / link))
         count = len(rig.times[number])
-        rig.until(lambda c=count: len(rig.times[number]) > c + 2)
+        until_tokens(rig, number, count + 3)
     pool, host = live.pool, rig.engine.host_kv
     rig.clear()
     direct: list[tuple[float, float]] = []
@@ -407,22 +418,25 @@ def _() -> dict[str, Any]:
     rig = rig_of([SMALL], 40)
     rig.level(SMALL, LEVEL_100)
     rig.submit(SMALL, 64, 4000)
-    rig.until(lambda: bool(rig.times[1]))
+    until_tokens(rig, 1)
     s = rig.node.state
+
+    def acted(before: int) -> bool:
+        return bool(s.actions.sum() > before)
+
     marks = []
     begun = time.perf_counter()
     for i in range(1000):
         verb = draw.choice([OUT, *range(LEVEL_0, LEVEL_100 + 1)])
         wanted = 0 if verb == OUT else 1 + (int(s.pieces[0] - 1) * (verb - LEVEL_0) + 3) // 4
         if wanted != s.target[0]:
-            count = s.actions.sum()
             rig.act(SMALL, verb)
-            rig.until(lambda c=count: s.actions.sum() > c)
+            rig.until(partial(acted, s.actions.sum()))
         if i % 20 == 0:  # or every iteration that waits for its bytes would be abandoned
             count = len(rig.times[1])
             if s.target[0] == 0:
                 rig.level(SMALL, draw.randrange(LEVEL_0, LEVEL_100 + 1))
-            rig.until(lambda c=count: len(rig.times[1]) > c + 2)
+            until_tokens(rig, 1, count + 3)
         for _ in range(draw.randrange(4)):
             rig.engine.run_instant()
         if i % 100 == 99:

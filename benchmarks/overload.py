@@ -31,7 +31,7 @@ def memory_mb(pid: int) -> float:
     """Return the resident memory of a process and its children, MB."""
     process = psutil.Process(pid)
     processes = [process, *process.children(recursive=True)]
-    return sum(one.memory_info().rss for one in processes) / 1e6
+    return sum(int(one.memory_info().rss) for one in processes) / 1e6
 
 
 async def measure(url: str, pid: int) -> None:

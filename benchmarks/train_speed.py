@@ -82,6 +82,7 @@ def main() -> None:
             "device": given.device,
         }
         clock = Clock(given.seconds)
+        model: MaskablePPO
         if name == "EventTimePPO":
             model = EventTimePPO(EquivariantPolicy, nodes, threads=given.threads, **shared)
         else:

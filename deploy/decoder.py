@@ -122,9 +122,7 @@ def construct(
     """
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     own = copy.deepcopy(config)  # from_config writes to it
-    module: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        own, dtype=dtype, **options
-    )
+    module: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=dtype, **options)
     nn.Module.eval(module)
     module.requires_grad_(False)
     return module
@@ -212,7 +210,7 @@ def _end(piece: Sequence[TensorSpec]) -> int:
 
 def _head(module: PreTrainedModel) -> nn.Parameter | None:
     """Return the weights of the output head."""
-    head: nn.Module | None = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: nn.Module | None = module.get_output_embeddings()
     return None if head is None else head.get_parameter("weight")
 
 

@@ -5,6 +5,7 @@ files are read and checked, what cannot be served is refused with a remedy, and 
 the module (`mmrl.deploy.decoder`) is found among the stored tensors.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -276,16 +277,27 @@ def _folder(path_or_id: str | Path) -> Path:
     if path.exists():
         raise InputError(f"{path}: not a folder", "name the folder that holds config.json")
     if isinstance(path_or_id, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path_or_id):
-        raise InputError(f"no folder '{path_or_id}'", "name a folder, or a hub id such as ORG/NAME")
+        remedy = _nearest_folder(path) or "name a folder, or a hub id such as ORG/NAME"
+        raise InputError(f"no folder '{path_or_id}'", remedy)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path_or_id, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:  # what the hub's client raises derives from these
+        if near := _nearest_folder(path):  # a folder was meant, whatever the hub says
+            raise InputError(f"no folder '{path_or_id}'", near) from error
         raise InputError(
             f"no folder '{path_or_id}', and the hub did not give it: {line(error)}",
             "correct the name, or download it where there is a network and name its folder",
         ) from error
+
+
+def _nearest_folder(path: Path) -> str:
+    """Return ``did you mean 'x'?`` for the folder that a path misspells, or an empty string."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    # By their names alone: the path that they share would make any two of them look alike.
+    close = difflib.get_close_matches(path.name, [one.name for one in beside if one.is_dir()], n=1)
+    return f"did you mean '{path.with_name(close[0])}'?" if close else ""
 
 
 def _configuration(folder: Path) -> PretrainedConfig:

@@ -3,7 +3,6 @@
 An unknown field or a wrong value is an `InputError` that names it.
 """
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from mmrl.errors import InputError, nearest
+from mmrl.files import read_toml
 from mmrl.node.state import MAX_MODELS
 from mmrl.scenarios.targets import Targets
 
@@ -123,25 +123,40 @@ class ServeConfig(_Strict):
         return self
 
 
+def read_models(given: Sequence[str], where: str) -> ServeConfig:
+    """Return the configuration that a command line names: one TOML file, or models.
+
+    Args:
+        given: The file alone, or checkpoints.
+        where: The command, for errors.
+
+    Raises:
+        InputError: It cannot be read, a field is wrong, or a file stands where a model should.
+    """
+    if len(given) == 1 and given[0].endswith(".toml"):
+        return read_config(Path(given[0]))
+    for name in given:
+        if name.endswith(".toml"):
+            raise InputError(
+                f"{where} takes one config file, or models", f"name the models in {name}"
+            )
+        if Path(name).is_file():
+            raise InputError(f"{name}: not a folder", "name model folders, or one .toml file")
+    return build_config({"models": [{"path": name} for name in given]}, where)
+
+
 def read_config(path: Path) -> ServeConfig:
     """Read a TOML file; relative paths in it are relative to its folder.
 
     Raises:
         InputError: It cannot be read, or a field is wrong.
     """
-    try:
-        data = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}", "name a config file or model folders"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}", "correct the file; it is TOML") from None
+    data = read_toml(path, "a config file or model folders")
     for model in data.get("models", []) if isinstance(data.get("models"), list) else []:
-        for field in ("path", "profile"):
-            _place(model, field, path.parent)
-    _place(data.get("node"), "policy", path.parent)
-    _place(data.get("node"), "profiles", path.parent, made_later=True)
+        _place(model, "path", path.parent, or_name=True)
+        _place(model, "profile", path.parent)
+    _place(data.get("node"), "policy", path.parent, or_name=True)
+    _place(data.get("node"), "profiles", path.parent)
     _place(data.get("server"), "api_keys", path.parent)
     return build_config(data, str(path))
 
@@ -161,6 +176,10 @@ def build_config(data: dict[str, Any], where: str) -> ServeConfig:
             fields = _fields(first["loc"])
             remedy = nearest(str(first["loc"][-1]), fields) or f"known: {', '.join(fields)}"
             raise InputError(f"{where}: {place}: no such field", remedy) from None
+        if first["type"].startswith("byte_size"):
+            raise InputError(
+                f"{where}: {place}: '{first['input']}' is not a size", "for example 24GB"
+            ) from None
         words = first["msg"].removeprefix("Value error, ")
         raise InputError(
             f"{where}: {place}: {words}" if place else f"{where}: {words}", REMEDY
@@ -177,9 +196,9 @@ def _fields(place: Sequence[int | str]) -> list[str]:
     return list(schema.model_fields)
 
 
-def _place(table: Any, field: str, folder: Path, made_later: bool = False) -> None:
-    """Make a relative path that exists below the config's folder, or will, absolute."""
+def _place(table: Any, field: str, folder: Path, or_name: bool = False) -> None:
+    """Put a relative path below the config's folder; what may be a name, only if it is there."""
     if isinstance(table, dict) and isinstance(table.get(field), str):
         candidate = folder / table[field]
-        if made_later or candidate.exists():
+        if not or_name or candidate.exists():
             table[field] = str(candidate)

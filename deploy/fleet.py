@@ -35,8 +35,7 @@ from mmrl.deploy.served import ServedModel
 from mmrl.deploy.streaming import StreamSlots
 from mmrl.deploy.warm import warm_up
 from mmrl.deploy.weights import ModelWeights, host_buffers, host_bytes
-from mmrl.errors import InputError
-from mmrl.node.actions import verb_names
+from mmrl.errors import InputError, nearest
 from mmrl.node.memory import free_bytes, weight_bytes
 from mmrl.node.state import BLOCK_TOKENS, PREFILL, SAVING
 from mmrl.profiles.schema import Profile
@@ -203,7 +202,7 @@ def open_fleet(
     here = (
         f"{device_name(device)}, {size_text(place.budget_bytes)} for "
         f"{size_text(sum(info.weight_bytes for info in infos))} of weights; "
-        f"policy {name} (it may {', '.join(verb_names(full_verbs))})"
+        f"policy {name}; it loads models {'whole or in part' if full_verbs else 'whole'}"
     )
     notes = (*notes_on(found), here)
     if device.type == "cuda":
@@ -417,7 +416,8 @@ def find_policy(name: str, field: str = "node.policy") -> ExportedPolicy | Rule:
     if name != DEFAULT and not Path(name).exists():
         raise InputError(
             f"{field}: '{name}' is neither a rule nor the folder of a trained policy",
-            f"rules: {', '.join(rule_names())}; {DEFAULT} is the shipped policy",
+            nearest(name, [*rule_names(), DEFAULT])
+            or f"rules: {', '.join(rule_names())}; {DEFAULT} is the shipped policy",
         )
     try:
         return load_policy(name)

@@ -62,7 +62,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     )
     app.state.live = live
     app.add_middleware(Gate, keys=keys, max_bytes=settings.max_request_bytes)
-    errors.install(app)
+    errors.install(app, completions.invalid)
     _add_models(app, completions)
     _add_pages(app, counted, bool(keys))
     app.include_router(admin.health_routes(engine))

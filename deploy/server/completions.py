@@ -7,7 +7,7 @@ closes the engine's iterator, wherever the request is.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,48 +78,82 @@ class Completions:
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        record, text = await self._accept(request, body)
-        messages = [message.for_template for message in body.messages]
-        size = sum(len(message["content"]) for message in messages)
-        try:
-            prompt = await off_loop(size, text.chat, messages)
-        except InputError as error:
-            raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
-        form = ChatForm(body.model, len(prompt), body.stream_options)
-        limit = body.max_completion_tokens or body.max_tokens
-        return await self._answer(request, body, limit, Job(record, text, prompt, form))
+        async with self._accepted(request, body) as (record, text):
+            messages = [message.for_template for message in body.messages]
+            size = sum(len(message["content"]) for message in messages)
+            try:
+                prompt = await off_loop(size, text.chat, messages)
+            except InputError as error:
+                code = "invalid_messages"
+                raise ApiError(400, str(error), param="messages", code=code) from error
+            form = ChatForm(body.model, len(prompt), body.stream_options)
+            limit = body.max_completion_tokens or body.max_tokens
+            return await self._answer(request, body, limit, Job(record, text, prompt, form))
 
     async def text(self, request: Request, body: CompletionRequest) -> Response:
         """Continue a text."""
-        record, text = await self._accept(request, body)
-        given = body.given
-        if isinstance(given, str):
-            prompt = await off_loop(len(given), text.encode, given)
-        else:
-            prompt = given
-            if max(prompt) >= text.vocabulary:
-                raise ApiError(
-                    400,
-                    f"'prompt': {body.model} has tokens 0 to {text.vocabulary - 1}.",
-                    param="prompt",
-                    code="invalid_value",
-                )
-        echo = ""
-        if body.echo:
-            echo = given if isinstance(given, str) else text.decode(prompt)
-        form = TextForm(body.model, len(prompt), body.stream_options, echo)
-        limit = body.max_tokens or DEFAULT_TEXT_TOKENS
-        return await self._answer(request, body, limit, Job(record, text, prompt, form))
+        async with self._accepted(request, body) as (record, text):
+            given = body.given
+            if isinstance(given, str):
+                prompt = await off_loop(len(given), text.encode, given)
+            else:
+                prompt = given
+                if max(prompt) >= text.vocabulary:
+                    raise ApiError(
+                        400,
+                        f"'prompt': {body.model} has tokens 0 to {text.vocabulary - 1}.",
+                        param="prompt",
+                        code="invalid_value",
+                    )
+            echo = ""
+            if body.echo:
+                echo = given if isinstance(given, str) else text.decode(prompt)
+            form = TextForm(body.model, len(prompt), body.stream_options, echo)
+            limit = body.max_tokens or DEFAULT_TEXT_TOKENS
+            return await self._answer(request, body, limit, Job(record, text, prompt, form))
 
-    async def _accept(self, request: Request, body: GenerationRequest) -> tuple[Record, ModelText]:
-        """Start the clock, and return the record and the model's tokeniser."""
+    def invalid(self, request: Request, body: object, why: str) -> None:
+        """Count a request whose body is refused, if it names a model of the fleet.
+
+        Args:
+            request: The request.
+            body: What it holds, as JSON.
+            why: What the client is told.
+        """
+        model = body.get("model") if isinstance(body, dict) else None
+        if isinstance(model, str) and model in self._engine.models:
+            self._end_invalid(request, Record(self._engine.models[model]), why)
+
+    @asynccontextmanager
+    async def _accepted(
+        self, request: Request, body: GenerationRequest
+    ) -> AsyncGenerator[tuple[Record, ModelText], None]:
+        """Start the clock, and yield the record and the model's tokeniser.
+
+        What is found to be wrong with the request before it runs is counted.
+        """
         info = self.model(body.model)
         record = Record(info)
         request.state.fields["model"] = info.name
         try:
-            return record, await self._texts.get(info.path)
+            text = await self._texts.get(info.path)
         except InputError as error:
             raise ApiError(500, str(error), code="no_tokenizer") from error
+        try:
+            yield record, text
+        except ApiError as error:
+            if error.status == 400 and record.ended is None:  # else its run has counted it
+                self._end_invalid(request, record, error.message)
+            raise
+
+    def _end_invalid(self, request: Request, record: Record, why: str) -> None:
+        record.end("invalid", why)
+        for watcher in self._told_of(request):
+            watcher.begun(record)
+            watcher.ended(record)
+
+    def _told_of(self, request: Request) -> tuple[Watcher, ...]:
+        return _LogLine(request.state.fields), *self._watchers
 
     async def _answer(
         self, request: Request, body: GenerationRequest, limit: int | None, job: "Job"
@@ -142,8 +176,7 @@ class Completions:
             sampling=body.sampling,
         )
         stream = TextStream(job.text, job.prompt, body.stops, generate.min_tokens)
-        watchers = (_LogLine(request.state.fields), *self._watchers)
-        run = Run(self._engine.generate(generate), stream, job, watchers)
+        run = Run(self._engine.generate(generate), stream, job, self._told_of(request))
         return await while_connected(request.receive, run.begin() if body.stream else run.whole())
 
 

@@ -6,7 +6,7 @@ that a client never meets another shape.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -134,13 +134,18 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     # A union reports each of its members; together they say what would have been right.
     same = [error for error in errors if tuple(error["loc"])[:2] == loc[:2]]
     param = _path(_common([tuple(error["loc"]) for error in same]))
-    said = list(dict.fromkeys(str(error["msg"]).removeprefix("Value error, ") for error in same))
     if loc[1] in UNSUPPORTED:
         param = str(loc[1])
-        message = f"The parameter '{param}' is not supported: {said[0]}."
+        message = f"This value of the parameter '{param}' is not supported: leave it out."
         return ApiError(400, message, param=param, code="unsupported_parameter")
-    message = "; or ".join(said)
+    message = "; or ".join(dict.fromkeys(_plain(str(error["msg"])) for error in same))
     return ApiError(400, f"'{param}': {message}.", param=param, code="invalid_value")
+
+
+def _plain(message: str) -> str:
+    """Return a message of pydantic's in the words of somebody who wrote JSON."""
+    message = message.removeprefix("Value error, ").replace(" after validation", "")
+    return message.replace("be None", "be null")
 
 
 def _common(locs: Sequence[tuple[str | int, ...]]) -> tuple[str | int, ...]:
@@ -159,8 +164,13 @@ def _path(loc: Sequence[str | int]) -> str:
     return path
 
 
-def install(app: FastAPI) -> None:
-    """Let the app answer every failure in the one shape."""
+def install(app: FastAPI, invalid: Callable[[Request, object, str], None]) -> None:
+    """Let the app answer every failure in the one shape.
+
+    Args:
+        app: The app.
+        invalid: Told of a request whose body is refused, of the body and of the message.
+    """
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -168,7 +178,9 @@ def install(app: FastAPI) -> None:
 
     async def validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return from_validation(error.errors()).response()
+        answer = from_validation(error.errors())
+        invalid(request, error.body, answer.message)
+        return answer.response()
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -29,7 +29,7 @@ from mmrl.agents.export import (
 from mmrl.agents.provenance import provenance
 from mmrl.deploy.adapter import DeployAdapter
 from mmrl.deploy.clock import RealTime, SimulatedTime
-from mmrl.deploy.config import ServeConfig, build_config, read_config
+from mmrl.deploy.config import ServeConfig, build_config, read_models
 from mmrl.deploy.engine import Engine
 from mmrl.deploy.fleet import Fleet, Progress, find_policy, open_fleet
 from mmrl.deploy.hardware import device_name
@@ -103,10 +103,7 @@ def read_fleet(
     Raises:
         InputError: Something in it is wrong.
     """
-    if len(models) == 1 and models[0].endswith(".toml"):
-        config = read_config(Path(models[0]))
-    else:
-        config = build_config({"models": [{"path": path} for path in models]}, "mmrl validate")
+    config = read_models(models, "mmrl validate")
     given = {"device": device, "memory": memory, "profiles": profiles}
     node = config.node.model_dump(mode="json", exclude_none=True)
     node |= {field: value for field, value in given.items() if value is not None}

@@ -18,7 +18,6 @@ from mmrl.errors import InputError, MmrlError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmrl.deploy.config import ModelConfig
     from mmrl.deploy.profiler.run import Outcome
     from mmrl.profiles.schema import Profile
 
@@ -76,14 +75,15 @@ def run(
 
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
+    from mmrl.deploy.config import read_models
     from mmrl.deploy.profiler.run import Request, profile_models
 
     try:
         size = None if memory is None else int(TypeAdapter(ByteSize).validate_python(memory))
     except ValidationError:
-        raise InputError(f"--memory: '{memory}' is no size", "for example 24GB") from None
+        raise InputError(f"--memory: '{memory}' is not a size", "for example 24GB") from None
     request = Request(
-        models=_models(models),
+        models=read_models(models, "mmrl profile run").models,
         out=out,
         device=device,
         budget_s=None if budget is None else number(budget, TIMES, "budget"),
@@ -111,16 +111,6 @@ def run(
     failed = [outcome.model for outcome in outcomes if outcome.profile is None]
     if failed:
         raise MmrlError(f"no profile of {', '.join(failed)}", "run the same command again")
-
-
-def _models(given: list[str]) -> "Sequence[ModelConfig]":
-    """Return the models to measure: those named, or those of a server's configuration."""
-    from mmrl.deploy.config import build_config, read_config
-
-    if len(given) == 1 and given[0].endswith(".toml"):
-        return read_config(Path(given[0])).models
-    config = build_config({"models": [{"path": model} for model in given]}, "mmrl profile run")
-    return config.models
 
 
 def bars() -> "Bars":

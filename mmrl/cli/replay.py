@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 KEY = "MMRL_API_KEY"
 DRAIN_S = 30.0
+TARGETS = ("chat", "market", "sliding")  # relative ones need more than a trace tells
 SHOWN_REASONS = 3  # why requests failed, the most frequent ones
 
 
@@ -52,7 +53,8 @@ def command(
         Mapping, typer.Option(help="How services of a trace without scenario become models.")
     ] = "auto",
     targets: Annotated[
-        str, typer.Option(help="Latency targets of a trace without scenario: chat, market, sliding")
+        str,
+        typer.Option(help=f"Latency targets of a trace without scenario: {', '.join(TARGETS)}."),
     ] = "chat",
     drain: Annotated[
         float | None,
@@ -87,12 +89,14 @@ def command(
     place = out or Path("runs") / f"live-{datetime.now():%Y%m%d-%H%M%S}"
     console = Console(highlight=False)
 
-    from mmrl.agents.results import check_place
+    from mmrl.agents.results import check_place, is_results
     from mmrl.cli.evaluate import COMPILING, print_results
     from mmrl.deploy import replay
     from mmrl.deploy import replay_results as results
 
     check_place(place)
+    if is_results(place):  # what was measured live, perhaps for hours, cannot be had again
+        raise InputError(f"{place} holds the results of another run", "choose another --out")
     served = asyncio.run(_served(url))
     with console.status(f"reading ({COMPILING})"):
         if scenario:
@@ -180,7 +184,7 @@ def _targets(kind: str) -> "Targets":
     from mmrl.scenarios.targets import DEFAULTS, Targets
 
     if kind not in DEFAULTS:
-        raise unknown("kind of targets", kind, DEFAULTS)
+        raise unknown("kind of targets", kind, TARGETS)
     return Targets.model_validate(kind)
 
 

@@ -101,23 +101,20 @@ def _config(
     Raises:
         InputError: It is wrong.
     """
-    from mmrl.deploy.config import build_config, read_config
+    from mmrl.deploy.config import build_config, read_models
 
-    where, data = "mmrl serve", dict[str, Any](models=[{"path": model} for model in models])
-    if len(models) == 1 and models[0].endswith(".toml"):
-        where = models[0]
-        config = read_config(Path(where))
-        data = config.model_dump(mode="json", exclude_defaults=True)
-        data["models"] = [one.model_dump(mode="json", exclude_none=True) for one in config.models]
+    config = read_models(models, "mmrl serve")
+    data = config.model_dump(mode="json", exclude_defaults=True)
+    data["models"] = [one.model_dump(mode="json", exclude_none=True) for one in config.models]
     for section, values in options.items():
         given = {field: value for field, value in values.items() if value is not None}
         data[section] = {**data.get(section, {}), **given}
-    named = {model.get("name") or Path(model["path"]).name: model for model in data["models"]}
+    named = {model["name"]: model for model in data["models"]}
     for name in preload:
         if name not in named:
             raise unknown("model in --preload:", name, named)
         named[name]["preload"] = True
-    return build_config(data, where)
+    return build_config(data, "mmrl serve")
 
 
 async def _serve(config: "ServeConfig") -> None:

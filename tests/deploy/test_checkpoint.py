@@ -435,6 +435,24 @@ def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "file")
 
 
+def test_a_misspelt_folder_is_answered_with_the_nearest_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(name: str, **options: Any) -> str:
+        raise OSError("cannot connect")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/llama-tiny", "models/mistral-tiny"):
+        (tmp_path / name).mkdir(parents=True)
+    for wrong in ("models/llama-tin", Path("models/llama-tin")):  # the first may be a hub id
+        with pytest.raises(InputError, match=r"^no folder 'models/llama-tin' ") as caught:
+            Checkpoint.open(wrong)
+        assert caught.value.remedy == "did you mean 'models/llama-tiny'?"
+    with pytest.raises(InputError, match="the hub did not give it: cannot connect"):
+        Checkpoint.open("models/qwen")
+
+
 def test_a_hub_id_is_downloaded(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1073,16 +1073,19 @@ def test_who_gives_way_says_to_whom(closing: list[Fleet]) -> None:
     engine.submit(1, request(0, 50, 400))
     engine.submit(2, request(1, 50, 30))
     run(engine, lambda: len(heard.tokens.get(1, [])) > 3)
-    waits = r"m1 \(1 waits, the oldest \d\.\d s of 2 s\) · itself: 1 begun"
+    waits = r"m1 \(1 waits for \d\.\d s, target 2 s\) · itself: 1 under way"
     for kind, words in (
         (PAUSE, "gives way to " + waits),
         (OUT, "makes room for " + waits),
         (LEVEL_25, "keeps 25% of its layers, makes room for " + waits),
+        (LEVEL_0, "keeps only its base weights, makes room for " + waits),
     ):
         assert re.fullmatch(words, reason(engine.node, engine.names, 0, kind))
     s.now_ns = engine.clock.now_ns()
     wants = reason(engine.node, engine.names, 1, LEVEL_50)
-    assert re.fullmatch(r"wants 50% of its layers: 1 waits, the oldest \d\.\d s of 2 s", wants)
+    assert re.fullmatch(r"wants 50% of its layers: 1 waits for \d\.\d s, target 2 s", wants)
     engine.cancel(1)
     engine.cancel(2)
     run(engine, lambda: engine.open_requests == 0 and not s.in_system)
+    assert re.fullmatch(r"idle for \d+\.\d s", reason(engine.node, engine.names, 0, OUT))
+    assert reason(engine.node, engine.names, 1, LEVEL_0) == "idle since the start"

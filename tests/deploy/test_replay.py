@@ -842,6 +842,8 @@ def test_the_command_sends_a_trace_and_writes_results(trace: Path, tmp_path: Pat
         (("TRACE", "--map", "x=steady", "--map", "y=gone"), "the server has no model 'gone'"),
         (("TRACE", "--map", "steady=gone"), "the server has no model 'gone'"),
         (("TRACE", "--targets", "chatty"), "unknown kind of targets 'chatty' (did you mean"),
+        (("TRACE", "--targets", "none"), "targets 'none' (known: chat, market, sliding)"),
+        (("TRACE", "--targets", "relative"), "depend on the latency of a request alone"),
         (("TRACE", "--mapping", "services"), "the trace has 3 services for 10 models"),
         (("TRACE", "--mapping", "segments", "--warmup", "60"), "nothing to measure"),
         (("TRACE", "--simulate", "slack"), "--simulate plays an episode of a --scenario"),
@@ -859,6 +861,24 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
     assert message in str(result.exception)
     assert result.exception.remedy and "\n" not in str(result.exception)
     assert not server.bodies and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("notes.txt", "is there and holds no results"),
+        ("summary.json", "holds the results of another run"),
+    ],
+)
+def test_a_folder_that_holds_anything_is_not_overwritten(
+    trace: Path, tmp_path: Path, file: str, message: str
+) -> None:
+    out = tmp_path / "live"
+    out.mkdir()
+    (out / file).write_text("mine")
+    result = replay(str(trace), "--url", "http://127.0.0.1:9", "--out", str(out))
+    assert isinstance(result.exception, InputError) and message in str(result.exception)
+    assert (out / file).read_text() == "mine"
 
 
 def test_without_a_server_the_message_says_so(trace: Path, tmp_path: Path) -> None:

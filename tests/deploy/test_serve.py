@@ -259,12 +259,20 @@ def test_an_address_in_use_is_told_before_anything_is_loaded(tmp_path: Path) -> 
     assert code == 2 and "in use" in output and "--port" in output
 
 
+def test_a_file_in_place_of_a_model_is_told_before_an_address_in_use(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, output = run(str(tmp_path / "README.md"), "--port", str(taken.getsockname()[1]))
+    assert code == 2 and "README.md: not a folder" in output
+
+
 def test_wrong_options_are_told_in_one_line(tmp_path: Path) -> None:
     for words, arguments in (
         ("two are called", ["a", "a"]),
         ("node.device", ["a", "--device", "tpu"]),
         ("unknown model in --preload", ["a", "--preload", "c"]),
-        ("node.memory", ["a", "--memory", "much"]),
+        ("node.memory: 'much' is not a size (for example 24GB)", ["a", "--memory", "much"]),
+        ("one config file, or models (name the models in b.toml)", ["a", "b.toml"]),
     ):
         code, output = run(*arguments)
         assert code == 2 and words in output, output
@@ -310,6 +318,8 @@ def test_the_shipped_policy_decides_unless_another_is_named(
 def test_a_policy_that_cannot_be_read_is_refused_by_field(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(InputError, match=r"^node\.policy: 'slak' .*did you mean 'slack'"):
+        find_policy("slak")
     with pytest.raises(InputError, match=r"^node\.policy: cannot read .*or name a rule"):
         find_policy(str(tmp_path))
     monkeypatch.setattr("mmrl.agents.export.DEFAULT_FOLDER", tmp_path)
@@ -356,3 +366,10 @@ def test_wrong_fields_of_a_config_are_named(tmp_path: Path) -> None:
         config.write_text(text)
         code, output = run(str(config))
         assert code == 2 and words in output, output
+
+
+def test_files_of_a_config_are_looked_for_beside_it(tmp_path: Path) -> None:
+    config = tmp_path / "node.toml"
+    config.write_text('[[models]]\npath = "a"\n[server]\napi_keys = "keys.txt"')
+    code, output = run(str(config))
+    assert code == 2 and f"cannot read the API keys in {tmp_path / 'keys.txt'} (" in output

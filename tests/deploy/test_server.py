@@ -322,6 +322,16 @@ TEXT = {"model": "alpha", "prompt": "x"}
             "messages",
             "invalid_messages",
         ),
+        (
+            {**CHAT, "messages": [{**HELLO[0], "tool_calls": [{}]}]},
+            "messages[0].tool_calls",
+            "invalid_value",
+        ),
+        (
+            {**CHAT, "messages": [{**HELLO[0], "function_call": {}}]},
+            "messages[0].function_call",
+            "invalid_value",
+        ),
         ({"messages": HELLO}, "model", "missing_parameter"),
         ({**TEXT, "prompt": ""}, "prompt", "invalid_value"),
         ({**TEXT, "prompt": []}, "prompt", "invalid_value"),
@@ -353,6 +363,7 @@ def test_wrong_parameters_are_named(
     assert (error["param"], error["code"]) == (param, code)
     assert error["type"] == "invalid_request_error"
     assert str(param).split("[")[0] in error["message"] or code == "invalid_messages"
+    assert "validation" not in error["message"] and "None" not in error["message"]
     assert engine.seen == []
 
 
@@ -669,6 +680,28 @@ def test_metrics_count_what_happened(folder: Path) -> None:
         assert sample(url, 'mmrl_outs_total{model="alpha"}') == 2
         assert sample(url, 'mmrl_preemptions_total{model="alpha"}') == 4
         assert sample(url, 'mmrl_fallbacks_total{kind="deadline"}') == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"n": 2}, {"prompt": [300]}, {"max_tokens": 128}, {"best_of": "x"}, {"wrong": 1}],
+    ids=str,
+)
+def test_a_request_that_can_never_run_counts_once_as_invalid(
+    url: str, engine: MadeUpEngine, wrong: dict[str, Any]
+) -> None:
+    counter = 'mmrl_requests_total{model="beta",outcome="invalid"}'
+    before = sample(url, counter)
+    for model in ("beta", "nobody"):
+        assert post(url, "/v1/completions", {**TEXT, "model": model, **wrong}).status_code >= 400
+    assert sample(url, counter) == before + 1
+
+
+def test_what_the_engine_finds_invalid_counts_once(url: str, engine: MadeUpEngine) -> None:
+    counter = 'mmrl_requests_total{model="beta",outcome="invalid"}'
+    before, engine.fail = sample(url, counter), InputError("too long", "shorten it")
+    assert post(url, "/v1/completions", {**TEXT, "model": "beta"}).status_code == 400
+    assert sample(url, counter) == before + 1
 
 
 def test_a_request_that_waits_beyond_its_target_counts_at_once(folder: Path) -> None:

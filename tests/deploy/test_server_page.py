@@ -1,5 +1,6 @@
 """The live page in a browser: what it shows, what its button does, and a server that restarts."""
 
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from mmrl.deploy.protocol import Decision, NodeState
 from mmrl.deploy.server import ServerSettings
 from tests.deploy import browser as browsers
 from tests.deploy.browser import Browser
@@ -73,6 +75,53 @@ def test_the_page_shows_the_node(browser: Browser, folder: Path) -> None:
         assert browser.complaints == []
         hosts = {address.split("/")[2] for address in browser.requested if "://" in address}
         assert hosts == {server.url.removeprefix("http://")}
+
+
+def test_decisions_for_nobody_are_one_line(browser: Browser, folder: Path) -> None:
+    engine = make_engine(folder, ("alpha", "beta"))
+    Moving(engine)
+    picture = engine.picture
+    said = [
+        ("beta", "level100", "policy", "wants all its layers: 1 waits for 0.1 s, target 2 s"),
+        ("alpha", "level0", "policy", "idle for 4.0 s"),
+        ("alpha", "out", "policy", "idle for 4.1 s"),
+        ("beta", "level0", "policy", "idle for 2.0 s"),
+        ("beta", "out", "champion", "idle for 2.1 s"),
+        ("beta", "pause", "policy", "pauses: 1 under way"),
+        ("alpha", "out", "policy", "idle since the start"),
+    ]
+
+    def made_up() -> NodeState | None:
+        state = picture()
+        if state is None:
+            return None
+        decisions = tuple(
+            Decision(k, state.started_s + k, model, verb, by, reason, 0.001)
+            for k, (model, verb, by, reason) in enumerate(said)
+        )
+        fallbacks = {"deadline": 1, "not_finite": 0, "illegal": 3, "error": 0}
+        return replace(state, decisions=decisions, decisions_asked=5182, fallbacks=fallbacks)
+
+    engine.picture = made_up
+    with serving(engine) as server:
+        browser.open(server.url)
+        browser.until("document.querySelectorAll('#decisions li').length === 5")
+        lines = text_of(browser, "#decisions").splitlines()
+        assert [line for line in lines if line and not re.fullmatch(r"\d\d:\d\d:\d\d", line)] == [
+            "out alpha",
+            "idle since the start",
+            "pause beta",
+            "pauses: 1 under way",
+            "out beta by the champion",
+            "idle for 2.1 s",
+            "level 0, out alpha, beta",
+            "3 times in 2 s, while idle",
+            "load beta",
+            "wants all its layers: 1 waits for 0.1 s, target 2 s",
+        ]
+        assert text_of(browser, "#asked") == (
+            "asked 5,182 times · slack stood in: answer late once, not allowed 3 times"
+        )
 
 
 def test_the_button_reverts_and_restores(browser: Browser, folder: Path) -> None:

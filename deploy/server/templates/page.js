@@ -2,6 +2,8 @@ const COLOURS = ["#2f7de1", "#e8710a", "#3a9d5d", "#7a5af8", "#d0a215", "#d1508f
   "#a0683f", "#6d83c9", "#7d8794"];
 const VERBS = { level100: "load", level75: "level ¾", level50: "level ½", level25: "level ¼",
   level0: "level 0" };
+const FALLBACKS = { deadline: "late", not_finite: "not a number", illegal: "not allowed",
+  error: "failed" };
 const SHOWN_DECISIONS = 80;
 const RATE_S = 5;
 const SILENCE_MS = 5000;
@@ -11,10 +13,11 @@ const element = (id) => document.getElementById(id);
 const rows = new Map();
 let historySeconds = 300;
 let samples = [];      // [{time_s, models: {name: [landed, target, queued, running]}}]
-let totals = [];       // [{time_s, tokens, bytes}], for rates
+let totals = [];       // [{time_s, tokens, bytes, busy_s}], for rates
 let reverted = null;
 let engineStarted = null;
 let lastDecision = -1;
+let newest = null;     // the line of the last decision: {node, idle, by, since, verbs, models, count}
 
 /* Numbers as people read them. */
 const seconds = (value) => value < 0.0995 ? `${(value * 1000).toFixed(0)} ms`
@@ -22,13 +25,14 @@ const seconds = (value) => value < 0.0995 ? `${(value * 1000).toFixed(0)} ms`
   : value < 120 ? `${value.toFixed(0)} s` : span(value);
 const size = (bytes) =>
   bytes < 0.95e9
-    ? `${(bytes / 1e6).toFixed(bytes < 9.95e6 ? 1 : 0)} MB`
+    ? `${(bytes / 1e6).toFixed(bytes && bytes < 9.95e6 ? 1 : 0)} MB`
     : `${(bytes / 1e9).toFixed(bytes < 9.95e9 ? 1 : 0)} GB`;
 function span(value) {
   const minutes = Math.floor(value / 60), hours = Math.floor(minutes / 60);
   if (hours >= 48) return `${Math.floor(hours / 24)} d ${hours % 24} h`;
   return hours ? `${hours} h ${minutes % 60} min` : minutes ? `${minutes} min` : `${Math.floor(value)} s`;
 }
+const times = (count) => count === 1 ? "once" : `${count.toLocaleString("en")} times`;
 const colour = (name) => COLOURS[Math.max(0, [...rows.keys()].indexOf(name)) % COLOURS.length];
 
 function make(tag, attributes = {}, ...children) {
@@ -38,8 +42,8 @@ function make(tag, attributes = {}, ...children) {
   node.append(...children);
   return node;
 }
-function swatch(name) {
-  const node = make("i");
+function swatch(name, kind = "") {
+  const node = make("i", { class: kind });
   node.style.background = colour(name);
   return node;
 }
@@ -101,6 +105,7 @@ function badges(model) {
   const add = (text, bad) => found.push(make("span", { class: bad ? "badge bad" : "badge" }, ` · ${text}`));
   if (model.quarantined) add("quarantined", true);
   if (model.landed < model.target) add(`loads ${Math.round(100 * model.landed / model.pieces)} %`);
+  else if (model.target === 1) add("base weights only");
   else if (model.target && model.target < model.pieces) add(`level ${Math.round(100 * (model.target - 1) / (model.pieces - 1))} %`);
   if (model.paused) add("paused");
   if (model.focus) add("focus");
@@ -128,6 +133,7 @@ function drawTimelines(now) {
   const x = (time) => (1000 * (1 - (now - time) / shown)).toFixed(1);
   let most = 4;
   for (const sample of samples) for (const values of Object.values(sample.models)) most = Math.max(most, values[2]);
+  setText(element("most"), String(most));
   for (const [name, made] of rows) {
     let area = "", wanted = "", queue = "";
     let start = 0;
@@ -167,6 +173,7 @@ function showMemory(state) {
     add(`w ${model.name}`, "weights", model.name, model.resident_bytes);
     add(`k ${model.name}`, "kv", model.name, model.kv_bytes);
   }
+  add("free", "free", null, state.free_bytes);
   add("reserve", "reserve", null, state.reserve_bytes);
   const held = new Map([...bar.children].map((node) => [node.dataset.key, node]));
   for (const part of parts) {
@@ -185,10 +192,11 @@ function showMemory(state) {
   bar.setAttribute("aria-label", element("memory").textContent);
   element("key").replaceChildren(
     ...state.models.filter((model) => model.resident_bytes + model.kv_bytes).map((model) => make("span", {},
-      swatch(model.name), `${model.name} ${size(model.resident_bytes)} + ${size(model.kv_bytes)} KV`)),
-    make("span", { title: "streaming slots and workspace" }, make("i", { class: "reserve" }),
-      `reserve ${size(state.reserve_bytes)}`),
-    make("span", {}, `free ${size(state.free_bytes)}`));
+      swatch(model.name), `${model.name} ${size(model.resident_bytes)}`,
+      ...(model.kv_bytes ? [swatch(model.name, "kv"), `KV ${size(model.kv_bytes)}`] : []))),
+    make("span", {}, make("i", { class: "free" }), `free ${size(state.free_bytes)}`),
+    make("span", {}, make("i", { class: "reserve" }),
+      `set apart for computing and streaming ${size(state.reserve_bytes)}`));
 }
 
 function showTiles(state, latency) {
@@ -205,31 +213,50 @@ function showTiles(state, latency) {
   setText(element("missed"), requests ? `${missed} of ${requests}` : "–");
   element("missed").classList.toggle("late", missed > requests / 10);
   if (state.time_s < (totals.at(-1)?.time_s ?? 0)) totals = [];  // the server's clock was set back
-  totals.push({ time_s: state.time_s, tokens: sum("decode_tokens"), bytes: sum("load_bytes") + sum("stream_bytes") + sum("kv_restore_bytes") });
+  totals.push({ time_s: state.time_s, tokens: sum("decode_tokens"), bytes: sum("load_bytes") + sum("stream_bytes") + sum("kv_restore_bytes"), busy_s: state.h2d_busy_s });
   while (totals.length > 2 && totals[0].time_s < state.time_s - RATE_S) totals.shift();
   const passed = state.time_s - totals[0].time_s;
   if (passed > 0.5) {
-    setText(element("tokens"), ((totals.at(-1).tokens - totals[0].tokens) / passed).toFixed(0));
-    const rate = (totals.at(-1).bytes - totals[0].bytes) / passed;
-    setText(element("bytes"), `${size(rate)}/s`);
+    const since = (key) => (totals.at(-1)[key] - totals[0][key]) / passed;
+    setText(element("tokens"), since("tokens").toFixed(0));
+    setText(element("bytes"), `${size(since("bytes"))}/s`);
+    setText(element("busy"), `over the link, ${(100 * Math.min(1, since("busy_s"))).toFixed(0)} % busy`);
   }
 }
 
+/* A line for each decision, but one for a run of those on models that nobody asks for. */
+function showDecision(decision) {
+  const idle = decision.reason.startsWith("idle");
+  if (!(idle && newest?.idle && newest.by === decision.by)) {
+    newest = { node: make("li"), idle, by: decision.by, since: decision.time_s, verbs: new Set(),
+      models: new Set(), count: 0 };
+    element("decisions").prepend(newest.node);
+  }
+  newest.verbs.add(VERBS[decision.verb] ?? decision.verb);
+  newest.models.add(decision.model);
+  newest.count++;
+  const when = new Date(decision.time_s * 1000);
+  const by = decision.by === "policy" ? "" : make("em", {}, ` by ${decision.by === "node" ? "the node" : `the ${decision.by}`}`);
+  const passed = span(Math.max(1, decision.time_s - newest.since));
+  newest.node.replaceChildren(
+    make("time", { datetime: when.toISOString() }, when.toLocaleTimeString([], { hour12: false })),
+    ...[...newest.models].map((name) => swatch(name)),
+    make("b", {}, `${[...newest.verbs].join(", ")} ${[...newest.models].join(", ")}`), by,
+    make("p", {}, newest.count === 1 ? decision.reason
+      : `${times(newest.count)} in ${passed}, while idle`));
+}
 function showDecisions(state) {
   const list = element("decisions");
   for (const decision of state.decisions) {
     if (decision.number <= lastDecision) continue;
     lastDecision = decision.number;
-    const when = new Date(decision.time_s * 1000);
-    const by = decision.by === "policy" ? "" : make("em", {}, ` by ${decision.by === "node" ? "the node" : `the ${decision.by}`}`);
-    list.prepend(make("li", {},
-      make("time", { datetime: when.toISOString() }, when.toLocaleTimeString([], { hour12: false })),
-      swatch(decision.model), make("b", {}, `${VERBS[decision.verb] ?? decision.verb} ${decision.model}`), by,
-      make("p", {}, decision.reason)));
+    showDecision(decision);
   }
   while (list.children.length > SHOWN_DECISIONS) list.lastChild.remove();
-  const fallbacks = Object.values(state.fallbacks).reduce((total, count) => total + count, 0);
-  setText(element("asked"), `asked ${state.decisions_asked} times · ${fallbacks} fallbacks`);
+  const failed = Object.entries(state.fallbacks).filter(([, count]) => count)
+    .map(([why, count]) => `${FALLBACKS[why] ?? why} ${times(count)}`).join(", ");
+  setText(element("asked"), `asked ${times(state.decisions_asked)}`
+    + (failed && ` · ${state.champion} stood in: answer ${failed}`));
 }
 
 function showHead(ready, state) {
@@ -263,6 +290,7 @@ function show(message) {
       engineStarted = state.started_s;
       totals = [];
       lastDecision = -1;
+      newest = null;
     }
     for (const model of state.models) showModel(model, message.latency[model.name]);
     for (const [name, made] of rows) made.node.hidden = !state.models.some((model) => model.name === name);

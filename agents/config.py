@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mmrl.agents.export import PriorRule
-from mmrl.errors import InputError, nearest
+from mmrl.errors import InputError, first_error, nearest
 from mmrl.scenarios.schema import Scenario
 
 Positive = Annotated[float, Field(gt=0)]
@@ -54,7 +54,7 @@ class TrainConfig(BaseModel):
         max_grad_norm: Of actor and critic each ...
         clip_apart: ... unless this is off: then of both together.
         critic_first: Iterations in which only the critic learns; unless given, `CRITIC_FIRST`,
-            or none for a policy that comes with its critic.
+            or none where the start's critic is taken over.
         jitter: In place of the scenarios' own, in training.
         miss_weight: Reward of a miss in place of the scenarios' own.
         latency_weight: Reward of the latency in place of the scenarios' own.
@@ -83,7 +83,7 @@ class TrainConfig(BaseModel):
     beta: float | None = None
     privileged: bool = True
     width: Count = 32
-    envs: Count = 128
+    envs: Count = 256
     rollout_steps: Count = 128
     batch_size: Count = 2048
     epochs: Count = 2
@@ -153,8 +153,8 @@ def build_config(**values: Any) -> TrainConfig:
         return TrainConfig(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
+            field = ".".join(map(str, first["loc"]))
             remedy = nearest(field, TrainConfig.model_fields)
             raise InputError(f"unknown setting '{field}'", remedy) from None
-        raise InputError(f"{field}: {first['msg'].lower()}") from None
+        raise InputError(first_error(error)) from None

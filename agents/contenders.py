@@ -1,9 +1,10 @@
 """`Contender`: a policy that takes part in an evaluation, named as the user names it.
 
-A rule (``slack``, or ``slack@tuned`` with the parameters tuned for the scenario), ``mpc`` or
-``clairvoyant`` (see ``mmrl.bounds``), the best policy of a run folder (``runs/x``; ``runs/x@step0``
-is the one it started from), the folder of an exported policy, or ``default``, the one that is
-shipped. ``label=...`` in front of a learned policy gives it a name.
+A rule (``slack``; ``slack@tuned`` with the parameters that are shipped as tuned for the scenario,
+``slack@runs/tuned.toml`` with those of a file that `mmrl tune` wrote), ``mpc`` or ``clairvoyant``
+(see ``mmrl.bounds``), the best policy of a run folder (``runs/x``; ``runs/x@step0`` is the one it
+started from), the folder of an exported policy, or ``default``, the one that is shipped.
+``label=...`` in front of a learned policy gives it a name.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mmrl.agents.export import DEFAULT, load_policy
+from mmrl.agents.export import DEFAULT, DESCRIPTION, load_policy
 from mmrl.bounds import PLANNERS, Planner
 from mmrl.errors import InputError, nearest
 from mmrl.rules import get_rule, rule_names
 from mmrl.rules.base import Rule
-from mmrl.rules.registry import tuned_params
+from mmrl.rules.registry import TUNED, tuned_params
 from mmrl.scenarios.registry import get_scenario
 
 CHAMPION = "slack"
-TUNED = "@tuned"
+AT_TUNED = "@tuned"
 STEP0 = "@step0"
 BEST_FOLDER, STEP0_FOLDER = "policy_best", "policy_step0"  # as in mmrl.agents.runs, without torch
 Kind = Literal["rule", "learned", "live", "step0", "bound"]
@@ -36,6 +37,7 @@ class Contender:
         kind: ``rule``, ``learned``, ``live`` for what a server did, ``step0`` for what a learned
             policy started from, or ``bound`` for one that knows the future.
         rule: Name of the rule.
+        tuned: File whose parameters for the scenario a rule takes.
         planner: Name of the planner.
         path: Folder of the exported policy.
         run: Run folder that the policy comes from.
@@ -49,21 +51,19 @@ class Contender:
     path: Path | None = None
     run: Path | None = None
     params: tuple[tuple[str, Any], ...] | None = None
-
-    @property
-    def tuned(self) -> bool:
-        """Whether a rule takes the parameters that were tuned for the scenario."""
-        return self.kind == "rule" and self.name.endswith(TUNED)
+    tuned: Path | None = None
 
     def plays(self, scenario: str) -> bool:
         """Whether the contender exists for a scenario: a rule may not be tuned for it."""
-        return not self.tuned or is_tuned(self.rule, scenario)
+        return self.tuned is None or self.rule in tuned_params(self.tuned).get(scenario, {})
 
     def rule_for(self, scenario: str) -> Rule:
         """Return the rule with its parameters for a scenario."""
         if self.params is not None:
             return get_rule(self.rule, **dict(self.params))
-        return get_rule(self.rule, tuned_for=scenario if self.tuned else None)
+        if self.tuned is not None:
+            return get_rule(self.rule, **tuned_params(self.tuned)[scenario][self.rule])
+        return get_rule(self.rule)
 
     def planner_for(self, scenario: str) -> Planner:
         """Return the planner on the champion, tuned for a scenario where it was."""
@@ -73,14 +73,9 @@ class Contender:
         return replace(PLANNERS[self.planner], base=base)
 
 
-def is_tuned(rule: str, scenario: str) -> bool:
-    """Whether tuning found parameters of a rule for this very scenario."""
-    return rule in tuned_params().get(scenario, {})
-
-
 def champion_for(scenario: str) -> Rule:
     """Return the champion, tuned for a scenario where it was."""
-    return get_rule(CHAMPION, tuned_for=scenario if is_tuned(CHAMPION, scenario) else None)
+    return get_rule(CHAMPION, **tuned_params().get(scenario, {}).get(CHAMPION, {}))
 
 
 def _differs(scenario: str) -> bool:
@@ -121,13 +116,15 @@ def resolve(names: Sequence[str], scenarios: Iterable[str]) -> list[Contender]:
     for name in names:
         for contender in _named(name):
             if contender.tuned and not any(map(contender.plays, played)):
+                file = "runs/tuned.toml" if contender.tuned == TUNED else str(contender.tuned)
                 raise InputError(
-                    f"rule '{contender.rule}' was not tuned for {', '.join(played)}",
-                    f"mmrl tune {contender.rule} {played[0]}",
+                    f"{contender.tuned.name} has no '{contender.rule}' tuned for "
+                    f"{', '.join(played)}",
+                    f"tune it (mmrl tune --help) and name the file: {contender.rule}@{file}",
                 )
             if contender not in found:
                 found.append(contender)
-    champion = Contender(CHAMPION + TUNED, "rule", CHAMPION)
+    champion = Contender(CHAMPION + AT_TUNED, "rule", CHAMPION, tuned=TUNED)
     names_found = [contender.name for contender in found]
     if CHAMPION in names_found and champion not in found and any(map(_differs, played)):
         found.insert(names_found.index(CHAMPION) + 1, champion)
@@ -140,8 +137,14 @@ def resolve(names: Sequence[str], scenarios: Iterable[str]) -> list[Contender]:
 
 
 def _named(name: str) -> list[Contender]:
-    if name.removesuffix(TUNED) in rule_names():
-        return [Contender(name, "rule", name.removesuffix(TUNED))]
+    rule, at, tuned = name.partition("@")
+    if rule in rule_names():
+        if not at:
+            return [Contender(name, "rule", rule)]
+        file = TUNED if name == rule + AT_TUNED else Path(tuned)
+        tuned_params(file)  # says what is wrong now rather than in another process
+        short = name if file == TUNED else f"{rule}@{file.name}"
+        return [Contender(short, "rule", rule, tuned=file)]
     if name in PLANNERS:
         return [Contender(name, "bound" if name == CLAIRVOYANT else "rule", planner=name)]
     label, _, place = name.rpartition("=")
@@ -172,11 +175,15 @@ def _learned(path: Path, label: str) -> list[Contender]:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is one of `mmrl.agents.runs`."""
-    return (folder / "config.json").is_file() and not (folder / "policy.json").exists()
+    return (folder / "config.json").is_file() and not (folder / DESCRIPTION).exists()
 
 
 def _unknown(name: str, place: str) -> InputError:
-    folders = [str(folder) for folder in Path("runs").glob("*/")] if Path("runs").is_dir() else []
+    folders = [
+        str(folder)
+        for folder in Path("runs").glob("*/")
+        if is_run(folder) or (folder / DESCRIPTION).is_file()
+    ]
     known = [*rule_names(), *PLANNERS, DEFAULT]
     near = nearest(place, [*known, *folders])
     return InputError(

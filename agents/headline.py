@@ -1,7 +1,13 @@
-"""The sentence above a report: who won, by how much, and how sure it is; true also of a loss."""
+"""The sentence above a report: who won, by how much, and how sure it is; true also of a loss.
 
+Where episodes are too few, or policies do equally well, nobody is said to have won.
+"""
+
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
+
+from mmrl.agents.results import FEWEST
 
 Verdict = Literal["wins", "ties", "loses"]
 CHALLENGERS = ("learned", "live")  # kinds of policies that are held against the rules
@@ -30,7 +36,7 @@ def verdict(interval: Sequence[float]) -> Verdict:
 def headlines(board: dict[str, Any]) -> list[Headline]:
     """Return a headline for each learned policy and live run of a board at its main load.
 
-    Without one, the one headline says which rule is best.
+    Without one, or without a rule, the one headline says who is best.
 
     Args:
         board: A board of ``summary.json``.
@@ -42,13 +48,39 @@ def headlines(board: dict[str, Any]) -> list[Headline]:
     if learned and best:
         rules = sum(row["kind"] == "rule" for row in rows)
         return [_against(row, best, rules, where) for row in learned]
+    return [_among(rows, best, where)]
+
+
+def _among(rows: list[dict[str, Any]], best: dict[str, Any] | None, where: str) -> Headline:
+    """Say which rule is best, or without rules, which nobody is paired with, whose goodput is."""
     top = best or max(rows, key=lambda row: row["goodput"] or 0.0)
-    levels = f"Goodput {percent(top['goodput'])}, mean of {top['episodes']} episodes."
-    if len(rows) == 1:
-        return [Headline(f"{top['policy']} alone {where}: nothing was compared", levels)]
-    rules = sum(row["kind"] == "rule" for row in rows)
-    compared = f"{rules} hand-written policies" if best else f"{len(rows)} policies"
-    return [Headline(f"{top['policy']} is the best of {compared} {where}", levels)]
+    others = [row for row in rows if row is not top and (best is None or row["kind"] == "rule")]
+    episodes = _paired(others[0]) if others else top["episodes"]
+    levels = f"Goodput {percent(top['goodput'])}, mean of {counted(episodes)}."
+    if not others:
+        rest = "nothing" if len(rows) == 1 else "no other rule"
+        return Headline(f"{top['policy']} alone {where}: {rest} was compared", levels)
+    compared = f"{len(rows)} policies"
+    if best:
+        compared = f"{len(others) + 1} hand-written policies"
+    if episodes < FEWEST:
+        return Headline(f"{compared} {where}: {_too_few(others[0])}", levels)
+    equal = [row["policy"] for row in others if _is_equal(row, top)]
+    if equal:
+        names = f"{', '.join([top['policy'], *equal[:-1]])} and {equal[-1]}"
+        title = f"{names} cannot be told apart, the best of {compared} {where}"
+    elif best:
+        title = f"{top['policy']} is the best of {compared} {where}"
+    else:
+        title = f"{top['policy']} has the highest goodput of {compared} {where}"
+    return Headline(title, levels)
+
+
+def _is_equal(row: dict[str, Any], top: dict[str, Any]) -> bool:
+    """Whether a policy cannot be told from the best; unpaired, whether the same is printed."""
+    if "vs_best_rule" in row:
+        return verdict(row["vs_best_rule"]["goodput"]) == "ties"
+    return percent(row["goodput"]) == percent(top["goodput"])
 
 
 def _against(row: dict[str, Any], best: dict[str, Any], rules: int, where: str) -> Headline:
@@ -62,13 +94,17 @@ def _against(row: dict[str, Any], best: dict[str, Any], rules: int, where: str) 
     if "vs_step0" in row and row["vs_step0"]["goodput"] is not None:
         gain = row["vs_step0"]["goodput"]
         levels += f"; before training {percent(row['goodput'] - gain[0])}"
-        levels += ", in every episode the same" if not any(gain) else ""
+        levels += ", in every episode the same" if gain == [0, 0, 0] else ""
+    few = _paired(row) < FEWEST
+    about = "" if few else f", 95 % interval {points(interval[1])} to {points(interval[2])}"
     detail = (
-        f"{levels}; difference {points(interval[0])} points, 95 % interval {points(interval[1])} "
-        f"to {points(interval[2])}, {row['episodes']} paired episodes."
+        f"{levels}; difference {points(interval[0])} points{about}, "
+        f"{counted(_paired(row), 'paired episode')}."
     )
     if row["kind"] == "live":
         detail += f" {name} was measured on a server, the rules were simulated."
+    if few:
+        return Headline(f"{name} and {title}, {rule}, {where}: {_too_few(row)}", detail)
     size = f"by {abs(interval[0]) * 100:.1f} points of goodput"
     found = verdict(interval)
     if found == "wins":
@@ -76,6 +112,15 @@ def _against(row: dict[str, Any], best: dict[str, Any], rules: int, where: str) 
     if found == "loses":
         return Headline(f"{name} loses to {title}, {rule}, {size} {where}", detail)
     return Headline(f"{name} and {title}, {rule}, cannot be told apart {where}", detail)
+
+
+def _paired(row: dict[str, Any]) -> int:
+    """Return of how many episodes a policy's difference to the best rule is the mean."""
+    return int(row.get("vs_best_rule", {}).get("episodes", row["episodes"]))
+
+
+def _too_few(row: dict[str, Any]) -> str:
+    return f"too few episodes to tell ({_paired(row)} of at least {FEWEST})"
 
 
 def overall(boards: Sequence[dict[str, Any]]) -> list[Headline]:
@@ -87,13 +132,12 @@ def overall(boards: Sequence[dict[str, Any]]) -> list[Headline]:
     if len(boards) == 1 and len(found := headlines(boards[0])) == 1:
         return found
     rows = [row for board in boards for row in board["rows"] if row["kind"] in CHALLENGERS]
-    intervals = [row["vs_best_rule"]["goodput"] for row in rows if "vs_best_rule" in row]
-    intervals = [interval for interval in intervals if interval is not None]
-    if not intervals:
+    compared = [row for row in rows if row.get("vs_best_rule", {}).get("goodput") is not None]
+    told = [row for row in compared if _paired(row) >= FEWEST]
+    if not told:
         return [headline for board in boards for headline in headlines(board)]
-    counts = dict.fromkeys(("wins", "ties", "loses"), 0)
-    for interval in intervals:
-        counts[verdict(interval)] += 1
+    intervals = [row["vs_best_rule"]["goodput"] for row in told]
+    counts = Counter(map(verdict, intervals))
     names = list(dict.fromkeys(row["policy"] for row in rows))
     who = names[0] if len(names) == 1 else f"{len(names)} learned policies"
     if any(row["kind"] == "live" for row in rows) and len(names) > 1:
@@ -119,7 +163,14 @@ def overall(boards: Sequence[dict[str, Any]]) -> list[Headline]:
         f"holds zero. Differences of goodput: {points(ahead[0])} to {points(ahead[-1])} points, "
         f"median {points(ahead[len(ahead) // 2])}."
     )
+    if len(told) < len(compared):
+        detail += f" {len(compared) - len(told)} more have too few episodes to tell."
     return [Headline(title, detail)]
+
+
+def counted(number: int, what: str = "episode") -> str:
+    """Write a number of things."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def percent(share: float | None) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.agents.headline import Headline, overall
-from mmrl.agents.report_data import Material, Report, curves, gather
+from mmrl.agents.report_data import Material, Report, curves, gather, trained_on
 from mmrl.agents.report_suite import suite_headline
 from mmrl.agents.results import Results
 from mmrl.errors import InputError
@@ -144,8 +144,11 @@ def _missing(material: Material) -> list[str]:
     """Say what a reader may look for and does not find."""
     if material.results:
         return []
-    runs = ",".join(map(str, material.runs))
-    return [f"These runs have not been evaluated: mmrl evaluate --policies slack,{runs}"]
+    return [
+        f"{run} has not been evaluated: "
+        f"mmrl evaluate --policies {run},slack --scenarios {','.join(trained_on(run))}"
+        for run in material.runs
+    ]
 
 
 def _sources(material: Material) -> list[dict[str, Any]]:

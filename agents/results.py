@@ -15,20 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mmrl.agents.contenders import Contender
 from mmrl.agents.play import LATENCIES, Board, Played
 from mmrl.errors import InputError
 from mmrl.files import atomic_write, finite, write_json
 from mmrl.scenarios.registry import get_scenario
-from mmrl.stats import (
-    Interval,
-    bootstrap,
-    holm,
-    improvements,
-    iqm,
-    sign_flip_p,
-)
+from mmrl.stats import bootstrap, holm, improvements, iqm, sign_flip_p
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +32,9 @@ SUMMARY = "summary.json"
 TABLES = ("episodes", "models", "latencies")
 FILES = (SUMMARY, "timelines.json", *(f"{name}.parquet" for name in TABLES))
 QUANTILES = np.linspace(0, 1, 201)
+# Episodes that an interval takes. Of fewer, even differences that all have one sign come about by
+# chance more often than 1 in 20 (2 ** (1 - n)), and resampling yields an interval all the same.
+FEWEST = 6
 MEANS = (  # over episodes
     "goodput",
     "goodput_worst_model",
@@ -294,7 +291,7 @@ def _row(table: "pd.DataFrame", seed: int) -> dict[str, Any]:
         "episodes": len(table),
         "requests": int(table.requests.sum()),
         **{name: float(table[name].mean()) for name in MEANS if name != "requests"},
-        "goodput_interval": _list(bootstrap([goodput], seed=seed)) if len(goodput) else None,
+        "goodput_interval": _interval(goodput, seed),
         "goodput_iqm": float(iqm(goodput)) if len(goodput) else None,
         "longest_wait_s": float(table.longest_wait_s.max()),
         "verbs_per_min": {
@@ -307,14 +304,13 @@ def _row(table: "pd.DataFrame", seed: int) -> dict[str, Any]:
 
 def _compare(ours: "pd.DataFrame", theirs: "pd.DataFrame", seed: int) -> dict[str, Any]:
     """Compare two policies episode by episode; an episode without requests says nothing."""
-    found: dict[str, Any] = {}
-    for metric in ("goodput", "norm_latency"):
-        difference = (ours[metric] - theirs[metric]).dropna().to_numpy()
-        found[metric] = _list(bootstrap([difference], seed=seed)) if len(difference) else None
     both = ours.goodput.notna() & theirs.goodput.notna()
+    found: dict[str, Any] = {"episodes": int(both.sum())}
+    for metric in ("goodput", "norm_latency"):
+        found[metric] = _interval((ours[metric] - theirs[metric]).dropna().to_numpy(), seed)
     better = improvements(ours.goodput[both].to_numpy(), theirs.goodput[both].to_numpy())
     if len(better):
-        found["improvement"] = _list(bootstrap([better], seed=seed))
+        found["improvement"] = _interval(better, seed)
         difference = (ours.goodput - theirs.goodput)[both].to_numpy()
         found["p"] = sign_flip_p(difference, seed)
     return found
@@ -387,5 +383,10 @@ def _models(models: "pd.DataFrame", order: dict[str, int]) -> list[dict[str, Any
     return found
 
 
-def _list(interval: Interval) -> list[float]:
-    return [interval.estimate, interval.low, interval.high]
+def _interval(values: npt.NDArray[np.float64], seed: int) -> list[float | None] | None:
+    """Return a mean and its interval's ends; no ends of too few values, nothing of no value."""
+    if len(values) == 0:
+        return None
+    if len(values) < FEWEST:
+        return [float(values.mean()), None, None]
+    return list(bootstrap([values], seed=seed))

@@ -33,8 +33,12 @@ def new_run(out: Path, name: str) -> Path:
     """Return the folder of a new run.
 
     Raises:
-        InputError: There is a run of that name already.
+        InputError: The name is no folder's, or there is a run of that name already.
     """
+    if name in (".", "..") or "/" in name or "\\" in name:
+        raise InputError(
+            f"a run cannot be named '{name}'", "name a folder inside --out, without separators"
+        )
     folder = out / name
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(

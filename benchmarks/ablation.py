@@ -171,7 +171,8 @@ def main() -> None:
         if report["settings"] != settings:
             parser.error(f"{path} holds other settings: {report['settings']}; choose another --out")
     found = report["results"]
-    common: dict[str, Any] = {"eval_every": max(1, steps // 10), "eval_episodes": 40}
+    common: dict[str, Any] = {"envs": 128}
+    common |= {"eval_every": max(1, steps // 10), "eval_episodes": 40}
     common |= read_settings(given.set)
     common |= {"scenarios": given.scenarios, "verbs": given.verbs, "steps": steps, "out": given.out}
     episodes: list[Episode] = [("test", i) for i in range(given.episodes)]
@@ -186,10 +187,11 @@ def main() -> None:
     )
     missing = [config for config in wanted if config.name not in found]
     work = partial(run, episodes, given.jobs == 1)
-    for config, measured in side_by_side(work, missing, given.jobs):
-        found[config.name] = measured
+    for k, measured in side_by_side(work, missing, given.jobs):
+        name = missing[k].name
+        found[name] = measured
         write_json(path, report)
-        print(f"{config.name}: {np.mean(measured['goodput']):.4f}, {len(found)} done", flush=True)
+        print(f"{name}: {np.mean(measured['goodput']):.4f}, {len(found)} done", flush=True)
     lines = table(found, given.seeds)
     print("\n".join(lines))
     if given.page:

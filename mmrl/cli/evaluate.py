@@ -41,7 +41,8 @@ def command(
     policies: Annotated[
         str,
         typer.Option(
-            help="Rules, mpc, clairvoyant, run folders (runs/x, runs/x@step0), exported policies "
+            help="Rules (slack, slack@tuned, slack@runs/tuned.toml), mpc, clairvoyant, "
+            "run folders (runs/x, runs/x@step0), exported policies "
             "and default, the shipped one, by commas; "
             "all rules and the shipped policy unless given."
         ),
@@ -119,20 +120,30 @@ def command(
             watch=watch,
         )
     results.write(place)
-    print_results(results, console)
+    print_results(results, console, episodes)
     console.print(f"\nwrote {escape(str(place))}", soft_wrap=True)
     console.print(f"a page about it: mmrl report {escape(str(place))}", soft_wrap=True)
 
 
-def print_results(results: "Results", console: Console) -> None:
-    """Print what each board says: who won, goodput, latency, and goodput per model and load."""
+def print_results(results: "Results", console: Console, asked: int | None = None) -> None:
+    """Print what each board says: who won, goodput, latency, and goodput per model and load.
+
+    Args:
+        results: What to print.
+        console: Where.
+        asked: How many episodes the user asked for, who is told of a trace that has fewer.
+    """
+    from mmrl.agents.headline import counted
+
     for board in results.summary["boards"]:
         console.rule(f"[bold]{escape(board['name'])}[/]", align="left", style="dim")
         for note in board["notes"]:
             console.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
         _print_headlines(board, console)
         rows = [row for row in board["rows"] if row["load"] == board["main_load"]]
-        about = f"{board['episodes']} episodes at load {board['main_load']:g}"
+        about = f"{counted(board['episodes'])} at load {board['main_load']:g}"
+        if asked is not None and board["episodes"] < asked:
+            about += f" ({asked} asked for, the trace has {board['episodes']})"
         console.print()
         console.print(_goodput_table(rows, about))
         console.print(f"[dim]{GOODPUT_NOTE}[/]\n")
@@ -145,10 +156,12 @@ def print_results(results: "Results", console: Console) -> None:
 
 def print_headlines(results: "Results", console: Console) -> None:
     """Print who won on each board, and the goodput of all."""
+    from mmrl.agents.headline import counted
+
     for board in results.summary["boards"]:
         _print_headlines(board, console)
         rows = [row for row in board["rows"] if row["load"] == board["main_load"]]
-        console.print(_goodput_table(rows, f"{board['episodes']} episodes of {board['name']}"))
+        console.print(_goodput_table(rows, f"{counted(board['episodes'])} of {board['name']}"))
         console.print()
 
 
@@ -173,12 +186,20 @@ def _goodput_table(rows: list[dict[str, Any]], about: str) -> Table:
             _name(row),
             _percent(row["goodput"]),
             "best rule" if row["is_best_rule"] else points(difference and difference[0]),
-            f"{points(difference[1])} to {points(difference[2])}" if difference else "",
+            _ends(difference) if difference else "",
             _percent(row["goodput_iqm"]),
             _number(versus["improvement"][0], 2) if versus and "improvement" in versus else "",
             _percent(row["goodput_worst_model"]),
         )
     return table
+
+
+def _ends(interval: list[float | None]) -> str:
+    """Write from where to where an interval reaches."""
+    from mmrl.agents.headline import points
+
+    _, low, high = interval
+    return "too few" if low is None else f"{points(low)} to {points(high)}"
 
 
 def _latency_table(rows: list[dict[str, Any]]) -> Table:
@@ -256,8 +277,7 @@ def progress(console: Console) -> Iterator["Watch"]:
         TextColumn("left"),
     )
     if not console.is_terminal:
-        console.print(f"evaluating ({COMPILING})")
-        yield lambda what, done, total: None
+        yield lambda what, done, total: _log(console, what, done)
         return
     with console.status(f"reading ({COMPILING})") as status:
         bar = Progress(*columns, console=console, transient=True)
@@ -277,6 +297,12 @@ def progress(console: Console) -> Iterator["Watch"]:
             yield watch
         finally:
             bar.stop()
+
+
+def _log(console: Console, what: str, done: int) -> None:
+    """Say that playing begins, when the arguments are known to be right."""
+    if what == "playing" and done == 0:
+        console.print(f"evaluating ({COMPILING})")
 
 
 def _check_suite(suite: str, verify: Path | None, cells: str, fixed: dict[str, str]) -> None:

@@ -2,33 +2,48 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmrl.errors import InputError
 
+if TYPE_CHECKING:
+    from mmrl.agents.config import TrainConfig
+
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 TIMES = {"s": 1, "m": 60, "h": 3600}
+RESUMED = ("--resume", "--steps", "--time")  # what goes together
 
 
 def command(
+    context: typer.Context,
     scenarios: Annotated[
         list[str] | None,
         typer.Argument(help="Names (mmrl scenarios list) or paths; several are mixed."),
     ] = None,
     steps: Annotated[
-        str | None, typer.Option(help="Decisions to learn from: 500k, 2M.", show_default="2M")
+        str | None,
+        typer.Option(
+            help="Decisions to learn from, in all: 500k, 2M.",
+            show_default="2M, unlimited with --time",
+        ),
     ] = None,
     time: Annotated[
-        str | None, typer.Option(help="Stop after so long, if that comes first: 90s, 10m, 1h.")
+        str | None,
+        typer.Option(
+            help="Stop after so long, if that comes first: 90s, 10m, 1h; of --resume, from now on."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the network and of all episodes.")] = 0,
     name: Annotated[
         str, typer.Option(help="Of the run's folder.", show_default="scenario and seed")
     ] = "",
     resume: Annotated[
-        Path | None, typer.Option(help="Continue the run in this folder; other options stay.")
+        Path | None,
+        typer.Option(
+            help="Continue the run in this folder as it began; only --steps and --time may change."
+        ),
     ] = None,
     start: Annotated[
         str | None,
@@ -48,7 +63,9 @@ def command(
     privileged: Annotated[
         bool, typer.Option(help="Let the critic see the future; the policy never does.")
     ] = True,
-    envs: Annotated[int, typer.Option(help="Nodes simulated side by side.")] = 256,
+    envs: Annotated[
+        int | None, typer.Option(help="Nodes simulated side by side.", show_default="256")
+    ] = None,
     threads: Annotated[
         int, typer.Option(help="Threads; the result does not depend on their number.")
     ] = 2,
@@ -58,13 +75,12 @@ def command(
         typer.Option("--set", help="Any other setting, see below: --set kl=0.05"),
     ] = None,
 ) -> None:
-    r"""Train a PPO scheduler on scenarios.
+    """Train a PPO scheduler on scenarios.
 
     The run's folder holds the best policy (by goodput on development seeds), the
     last one, logs for TensorBoard and everything to continue. Ctrl-C stops after
     the present iteration.
 
-    \b
       mmrl train fast --time 10m
       mmrl train universal --verbs both --time 1h
       mmrl train mine.toml --from default --time 5m
@@ -77,12 +93,12 @@ def command(
     parts off: elapsed_time, paced, clip_apart, randomise, jitter, miss_weight,
     latency_weight, without (verbs, by commas).
     """
+    from mmrl.agents.config import build_config
+
     total = number(steps, UNITS, "steps") if steps is not None else None
     time_s = number(time, TIMES, "time") if time is not None else None
     if resume is not None:
-        if scenarios:
-            raise InputError("scenarios and --resume", "a run keeps its scenarios: leave them out")
-        folder = _shown(None, resume, total, time_s)
+        folder = _resume(resume, total, time_s, _given(context))
     else:
         if not scenarios:
             raise InputError("no scenario given", "mmrl scenarios list shows them")
@@ -94,9 +110,9 @@ def command(
             "verbs": verbs,
             "start": start,
             "privileged": privileged,
-            "envs": envs,
             "threads": threads,
             "out": out,
+            **({} if envs is None else {"envs": envs}),
             **({} if prior else {"prior": None}),
             **read_settings(set_ or []),
         }
@@ -104,7 +120,7 @@ def command(
             values["steps"] = int(total)
         elif time_s is not None:
             values["steps"] = 1_000_000_000  # the clock decides
-        folder = _shown(values, None, None, None)
+        folder = _train(build_config(**values))
     _tell(folder)
 
 
@@ -152,23 +168,51 @@ def read_settings(pairs: list[str]) -> dict[str, str]:
     return found
 
 
-def _shown(
-    values: dict[str, Any] | None,
-    folder: Path | None,
-    steps: float | None,
-    time_s: float | None,
-) -> Path:
-    """Train or continue behind a progress bar; return the run's folder."""
-    from mmrl.agents.config import build_config
-    from mmrl.agents.progress import ProgressBar
-    from mmrl.agents.train import read_config, resume, train
+def _given(context: typer.Context) -> list[str]:
+    """Return the names of the arguments and options that the user gave."""
+    found = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            is_off = context.params[parameter.name or ""] is False
+            found.append((parameter.secondary_opts if is_off else parameter.opts)[0])
+    return found
 
-    if values is not None:
-        config = build_config(**values)
-        with ProgressBar(config.steps, config.time_s) as bar:
-            return train(config, bar)
-    assert folder is not None
+
+def _train(config: "TrainConfig") -> Path:
+    """Train behind a progress bar; return the run's folder."""
+    from mmrl.agents.export import load_policy
+    from mmrl.agents.progress import ProgressBar
+    from mmrl.agents.runs import new_run
+    from mmrl.agents.train import train
+    from mmrl.scenarios.registry import get_scenario
+
+    # What is wrong with these is told before a bar says that something is being prepared.
+    for scenario in config.scenarios:
+        get_scenario(scenario)
+    if config.start:
+        load_policy(config.start)
+    if config.name:
+        new_run(config.out, config.name)
+    with ProgressBar(config.steps, config.time_s) as bar:
+        return train(config, bar)
+
+
+def _resume(folder: Path, steps: float | None, time_s: float | None, given: list[str]) -> Path:
+    """Continue a run behind a progress bar; return its folder.
+
+    Raises:
+        InputError: It is no run, or more was given than may change in one.
+    """
+    from mmrl.agents.progress import ProgressBar
+    from mmrl.agents.train import read_config, resume
+
     config = read_config(folder)
+    kept = [name for name in given if name not in RESUMED]
+    if kept:
+        raise InputError(
+            f"{', '.join(kept)} with --resume: a run stays as it began", "leave that out"
+        )
     total = int(steps) if steps is not None else config.steps
     with ProgressBar(total, time_s if time_s is not None else config.time_s) as bar:
         return resume(folder, total, time_s, bar)

@@ -94,3 +94,4 @@ def command(
     }
     write_tuned(out, spec.name, rule, entry)
     console.print(f"wrote {out}")
+    console.print(f"mmrl evaluate --policies {rule}@{out},{rule} --scenarios {scenario}")

@@ -61,7 +61,7 @@ def make_policy(folder: Path, spread: float) -> Path:
 def make_run(folder: Path) -> Path:
     """Write a run folder whose best policy differs from that of step 0."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"scenarios": ["demo"]}')
     (folder / "metrics.csv").write_text(METRICS)
     make_policy(folder / "policy_step0", 0.0)
     make_policy(folder / "policy_best", 1.5)

@@ -22,6 +22,7 @@ from mmrl.rules import get_rule, rule_names
 from mmrl.scenarios.calibrate import rule_goodput
 from mmrl.scenarios.registry import get_scenario
 from mmrl.stats import bootstrap
+from mmrl.tuning import write_tuned
 from mmrl.workloads.trace import Trace
 from tests.agents.made_up import make_policy, make_run, make_scenario
 
@@ -38,7 +39,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(tiny, run):
-    return evaluate(["slack", "lru", str(run)], [tiny], episodes=3, loads=(0.5, 1.0))
+    return evaluate(["slack", "lru", str(run)], [tiny], episodes=6, loads=(0.5, 1.0))
 
 
 def row(results, policy, load=1.0):
@@ -90,7 +91,7 @@ def test_models_add_up_to_the_whole(results):
 
 
 def test_the_same_on_one_process_and_on_two(results, tiny, run):
-    again = evaluate(["slack", "lru", str(run)], [tiny], episodes=3, loads=(0.5, 1.0), workers=2)
+    again = evaluate(["slack", "lru", str(run)], [tiny], episodes=6, loads=(0.5, 1.0), workers=2)
     pd.testing.assert_frame_equal(results.episodes, again.episodes)
     pd.testing.assert_frame_equal(results.models, again.models)
     pd.testing.assert_frame_equal(results.latencies, again.latencies)
@@ -141,7 +142,7 @@ def test_results_do_not_replace_anything_else(results, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_trace_is_cut_into_windows_that_all_policies_meet(tiny, tmp_path):
+def test_a_trace_is_cut_into_windows_that_all_policies_meet(tiny, tmp_path, capsys):
     trace = tmp_path / "trace.csv"
     rows = [f"{k * 0.9:.1f},{'ab'[k % 2]}{k % 3},{50 + k},{20 + k}" for k in range(300)]
     trace.write_text("arrival_s,model,prompt_tokens,output_tokens\n" + "\n".join(rows) + "\n")
@@ -153,6 +154,14 @@ def test_a_trace_is_cut_into_windows_that_all_policies_meet(tiny, tmp_path):
     counts = found.episodes.groupby("episode").requests.agg(["nunique", "count", "min"])
     assert (counts["nunique"] == 1).all() and (counts["count"] == 2).all()
     assert (counts["min"] > 0).all()
+    versus = row(found, "lru").get("vs_best_rule") or row(found, "slack")["vs_best_rule"]
+    assert versus["episodes"] == 2 and versus["goodput"][1:] == [None, None]
+    print_results(found, Console(width=120, highlight=False), asked=10)
+    printed = capsys.readouterr().out
+    assert (
+        "too few episodes to tell (2 of at least 6)" in printed and "95 % interval +" not in printed
+    )
+    assert "2 episodes at load 1 (10 asked for, the trace has 2)" in printed
 
 
 @pytest.mark.parametrize("prompt_tokens", [60, 4000])
@@ -187,7 +196,7 @@ def test_a_trace_that_can_never_be_served_well_has_the_load_of_its_scenario(tiny
         50.0,
     )
     fitted = fit(raw, get_scenario(tiny).sampler())
-    assert "never 0.90: load 1 is that of the scenario" in fitted.notes[-1]
+    assert "stays below 0.9 at any load: load 1 is that of the scenario" in fitted.notes[-1]
     assert 0 < fitted.rate_per_s < np.inf
 
 
@@ -214,13 +223,26 @@ def test_a_rule_tuned_for_the_scenario_comes_with_the_champion(monkeypatch):
     name = slack.tunables()[0]
     changed = {name: getattr(slack, name) * 0.9}
     table = {"demo": {"slack": changed, "lru": {}}, "fast": {"slack": slack.model_dump()}}
-    monkeypatch.setattr("mmrl.agents.contenders.tuned_params", lambda: table)
+    monkeypatch.setattr("mmrl.agents.contenders.tuned_params", lambda path=None: table)
     assert [c.name for c in resolve(["lru", "slack"], ["demo"])] == ["lru", "slack", "slack@tuned"]
     assert [c.name for c in resolve(["slack"], ["fast"])] == ["slack"]
     assert [c.name for c in resolve(["slack@tuned"], ["fast"])] == ["slack@tuned"]
     assert [c.name for c in resolve(["lru@tuned"], ["demo", "fast"])] == ["lru@tuned"]
-    with pytest.raises(InputError, match=r"'gdsf' was not tuned for demo \(mmrl tune gdsf demo"):
+    with pytest.raises(InputError, match=r"no 'gdsf' tuned for demo.*gdsf@runs/tuned.toml"):
         resolve(["gdsf@tuned"], ["demo"])
+
+
+def test_a_rule_plays_with_the_parameters_of_a_file(tmp_path):
+    entry = {"params": {"keep_alive_s": 7.0}}
+    write_tuned(tmp_path / "mine.toml", "demo", "lru", entry)
+    shipped, mine = resolve(["lru", f"lru@{tmp_path / 'mine.toml'}"], ["demo"])
+    assert (shipped.name, mine.name) == ("lru", "lru@mine.toml")
+    assert mine.rule_for("demo") == get_rule("lru", keep_alive_s=7.0) != shipped.rule_for("demo")
+    assert mine.plays("demo") and not mine.plays("fast")
+    with pytest.raises(InputError, match=r"mine.toml has no 'lru' tuned for fast"):
+        resolve([f"lru@{tmp_path / 'mine.toml'}"], ["fast"])
+    with pytest.raises(InputError, match=r"cannot read none\.toml"):
+        resolve(["lru@none.toml"], ["demo"])
 
 
 def test_who_knows_the_future_takes_part_but_is_no_rule(tiny):
@@ -269,6 +291,24 @@ def test_names_of_learned_policies(run, tmp_path):
 def test_an_unknown_policy_is_an_error_with_a_remedy(policy, said):
     with pytest.raises(InputError, match=said):
         resolve([policy], ["demo"])
+
+
+def test_only_folders_that_hold_a_policy_are_suggested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "ours3").mkdir(parents=True)
+    (tmp_path / "runs" / "ours3" / "summary.json").write_text("{}")
+    with pytest.raises(InputError) as found:
+        resolve(["runs/ours4"], ["demo"])
+    assert "did you mean" not in str(found.value)
+    make_run(tmp_path / "runs" / "ours")
+    with pytest.raises(InputError, match="did you mean 'runs/ours'"):
+        resolve(["runs/ours4"], ["demo"])
+
+
+def test_wrong_arguments_are_told_before_work_is_announced(tiny, tmp_path):
+    options = ["--policies", "slak", "--scenarios", tiny, "--out", str(tmp_path / "out")]
+    called = CliRunner().invoke(app, ["evaluate", *options])
+    assert isinstance(called.exception, InputError) and called.output == ""
 
 
 def test_a_run_of_another_version_is_refused(tmp_path):

@@ -175,8 +175,14 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends(tmp_path):
 
 
 def test_a_run_without_evaluation_says_how_to_get_one(tmp_path):
-    page = render(gather([make_run(tmp_path / "young")]))[PAGE]
-    assert "Training of young" in page and "have not been evaluated: mmrl evaluate" in page
+    run = make_run(tmp_path / "young")
+    (run / "config.json").write_text('{"scenarios": ["h200-24", "demo"]}')
+    page = render(gather([run]))[PAGE]
+    assert "Training of young" in page
+    assert f"mmrl evaluate --policies {run},slack --scenarios h200-24,demo" in page
+    (run / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="not the configuration of a run"):
+        render(gather([run]))
 
 
 def test_a_folder_is_replaced_whole_and_another_is_left_alone(run, files, tmp_path):
@@ -216,7 +222,7 @@ def test_sources_that_are_nothing(tmp_path):
 # ---------------------------------------------------------------------- the headline
 
 
-def board(interval, *, goodput=0.90, rules=3):
+def board(interval, *, goodput=0.90, rules=3, episodes=9):
     rule_rows = [
         {
             "policy": f"rule{k}",
@@ -226,10 +232,11 @@ def board(interval, *, goodput=0.90, rules=3):
             "episodes": 9,
         }
         | {"is_best_rule": k == 0}
+        | ({"vs_best_rule": {"goodput": [-0.1, -0.2, -0.05], "episodes": episodes}} if k else {})
         for k in range(rules)
     ]
     ours = {"policy": "ppo", "kind": "learned", "load": 1.0, "goodput": goodput, "episodes": 9}
-    ours |= {"is_best_rule": False, "vs_best_rule": {"goodput": interval}}
+    ours |= {"is_best_rule": False, "vs_best_rule": {"goodput": interval, "episodes": episodes}}
     return {"name": "demo", "main_load": 1.0, "rows": [*rule_rows, ours]}
 
 
@@ -260,6 +267,47 @@ def test_nothing_learned_and_nothing_to_compare():
     rules_only["rows"] = rules_only["rows"][:1]
     assert "nothing was compared" in headlines(rules_only)[0].title
     assert "cannot be compared" in headlines(board(None))[0].title
+
+
+def test_of_too_few_episodes_nobody_is_said_to_win():
+    few = board([0.02, None, None], episodes=2)
+    title, detail = headlines(few)[0]
+    assert title == (
+        "ppo and the best hand-written policy, rule0, on demo at load 1: "
+        "too few episodes to tell (2 of at least 6)"
+    )
+    assert "difference +2.0 points, 2 paired episodes" in detail and "interval" not in detail
+    assert overall([few]) == headlines(few)
+    (found,) = overall([few, board([0.02, 0.01, 0.03])])
+    assert "ppo beats the best hand-written policy in 1 of 1 comparisons" in found.title
+    assert "1 more have too few episodes" in found.detail
+    few["rows"] = few["rows"][:3]
+    title, detail = headlines(few)[0]
+    assert title.startswith("3 hand-written policies on demo at load 1: too few episodes to tell")
+
+
+def test_equals_are_not_ranked():
+    rules = board([0, 0, 0])
+    rules["rows"] = rules["rows"][:3]
+    rules["rows"][1]["vs_best_rule"]["goodput"] = [0.0, 0.0, 0.0]
+    title, _ = headlines(rules)[0]
+    assert title.startswith("rule0 and rule1 cannot be told apart, the best of 3 hand-written")
+    learned = board([0, 0, 0])
+    learned["rows"] = [
+        {name: value for name, value in learned["rows"][-1].items() if name != "vs_best_rule"}
+        | {"policy": name, "goodput": goodput}
+        for name, goodput in (("a", 0.9593), ("b", 0.9591))
+    ]
+    title, detail = headlines(learned)[0]
+    assert title.startswith("a and b cannot be told apart") and "95.9 %" in detail
+    learned["rows"][0]["goodput"] = 0.97
+    assert headlines(learned)[0].title.startswith("a has the highest goodput of 2 policies")
+
+
+def test_one_episode_is_one_episode():
+    alone = board([0, 0, 0])
+    alone["rows"] = [alone["rows"][0] | {"episodes": 1}]
+    assert headlines(alone)[0].detail.endswith("mean of 1 episode.")
 
 
 def test_points_have_a_true_sign():

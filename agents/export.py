@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmrl.envs.layout import Layout
-from mmrl.errors import InputError
+from mmrl.errors import InputError, first_error
 from mmrl.files import atomic_write, write_json
 from mmrl.node.actions import CORE_VERBS, verb_names
 from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES, N_GLOBAL, N_MODEL
@@ -29,7 +29,7 @@ DEFAULT_FOLDER = Path(__file__).parent / "data" / DEFAULT
 WEIGHTS, DESCRIPTION = "policy.safetensors", "policy.json"
 PRESENT = MODEL_FEATURES.index("weights")  # more than 0 for a model, 0 in padding
 FULL = GLOBAL_FEATURES.index("full_verbs")
-IMPOSSIBLE = -1e8  # logit of a verb that a policy may not use
+IMPOSSIBLE = -1e8  # logit of an action that is not legal, or of a verb left out
 VerbSet = Literal["core", "full", "both"]
 Floats = npt.NDArray[np.float32]
 
@@ -281,9 +281,7 @@ def _read_card(path: Path) -> PolicyCard:
     try:
         card = PolicyCard.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {field}: {first['msg'].lower()}") from None
+        raise InputError(f"{path}: {first_error(error)}") from None
     expected = {
         "global_features": GLOBAL_FEATURES,
         "model_features": MODEL_FEATURES,

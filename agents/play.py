@@ -4,13 +4,8 @@ The work is cut into pieces that do not depend on how many processes there are, 
 do not either. ``mmrl.agents.results`` makes tables of what was measured.
 """
 
-import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +16,7 @@ import numpy.typing as npt
 
 from mmrl.agents.contenders import Contender
 from mmrl.agents.export import ExportedPolicy, load_policy
+from mmrl.agents.pool import side_by_side
 from mmrl.agents.runner import PolicyRunner
 from mmrl.agents.windows import Windows, cut, fit, label
 from mmrl.bounds import Lookahead
@@ -176,38 +172,11 @@ def play_all(
         What came of each, in the order of work.
     """
     played: dict[int, Played] = {}
-    for k, part in stream(work, workers):
+    for k, part in side_by_side(play, work, workers):
         played[k] = part
         if report is not None:
             report(len(part.episodes))
     return [played[k] for k in range(len(work))]
-
-
-def stream(work: Sequence[Piece], workers: int) -> Iterator[tuple[int, Played]]:
-    """Play pieces, several at a time, and yield each with its index as soon as it is done.
-
-    Args:
-        work: What to play.
-        workers: How many processes; 1 plays in this one.
-    """
-    if workers == 1 or len(work) <= 1:
-        yield from ((k, play(piece)) for k, piece in enumerate(work))
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, prepare_process) as pool:
-        try:
-            with interrupts_ignored():  # the processes that start here leave Ctrl-C to this one
-                futures: dict[Future[Played], int] = {
-                    pool.submit(play, piece): k for k, piece in enumerate(work)
-                }
-            for future in as_completed(futures):
-                # Taken out: what has been handed on need not be kept until the end.
-                yield futures.pop(future), future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
 
 
 def play(piece: Piece) -> Played:
@@ -252,8 +221,7 @@ def start(piece: Piece) -> Simulator:
     """Return a simulator with the episodes of a piece at their first decisions."""
     sampler = _sampler(piece.scenario)
     longest = max((len(trace) for trace in piece.traces), default=0)
-    sampler.capacity = max(sampler.capacity, longest)
-    simulator = Simulator(sampler, len(piece.episodes))
+    simulator = Simulator(sampler, len(piece.episodes), longest)
     for i, index in enumerate(piece.episodes):
         options = {"trace": piece.traces[i]} if piece.traces else {"load": piece.load}
         simulator.reset(i, episode_rng(piece.split, index), options)
@@ -291,21 +259,6 @@ def runner_for(simulator: Simulator, contender: Contender) -> PolicyRunner:
     if policy.rule is not None:
         policy.rule.prepare(simulator.nodes)
     return PolicyRunner(policy, simulator)
-
-
-def prepare_process() -> None:
-    """Set up a process that plays; it leaves Ctrl-C to the one that started it."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # as many processes as cores: one thread each
-
-
-@contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def decider(simulator: Simulator, contender: Contender, scenario: str) -> Decide:

@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
 
-from mmrl.agents.export import FULL, PRESENT
+from mmrl.agents.export import FULL, IMPOSSIBLE, PRESENT
 from mmrl.envs.layout import Layout
 from mmrl.envs.privileged import PRIVILEGED_FEATURES
 from mmrl.node.actions import verb_names
@@ -30,7 +30,6 @@ WIDTH = 32
 BETA = 3.0  # the suggestion is then followed in about 9 of 10 decisions
 RARE_VERBS = set(verb_names(True)) - set(verb_names(False))
 RARE = -2.0  # their logit at the start: they are many, and a rule has less use for them
-IMPOSSIBLE = -1e8  # logit of an action that is not legal
 
 Mask = npt.NDArray[np.bool_] | th.Tensor
 

@@ -23,6 +23,7 @@ def snapshot(model: EventTimePPO, nodes: PlanNodes) -> dict[str, Any]:
     return {
         "steps": model.num_timesteps,
         "updates": model._n_updates,
+        "critic_first": model.critic_first,
         "policy": model.policy.state_dict(),
         "optimizer": model.policy.optimizer.state_dict(),
         "random": th.get_rng_state(),
@@ -38,6 +39,7 @@ def restore(model: EventTimePPO, nodes: PlanNodes, state: dict[str, Any]) -> Non
     """Bring model and nodes into a state that `snapshot` returned."""
     model.num_timesteps = int(state["steps"])
     model._n_updates = int(state["updates"])
+    model.critic_first = int(state["critic_first"])
     model.policy.load_state_dict(state["policy"])
     model.policy.optimizer.load_state_dict(state["optimizer"])
     th.set_rng_state(state["random"])
@@ -48,7 +50,7 @@ def restore(model: EventTimePPO, nodes: PlanNodes, state: dict[str, Any]) -> Non
     model._last_obs = nodes.set_state(arrays)
 
 
-def go_on_from(model: EventTimePPO, policy: ExportedPolicy, place: str) -> None:
+def go_on_from(model: EventTimePPO, policy: ExportedPolicy, place: Path) -> bool:
     """Start a training with the weights of a policy, and with the critic of its run if it fits.
 
     Args:
@@ -56,18 +58,24 @@ def go_on_from(model: EventTimePPO, policy: ExportedPolicy, place: str) -> None:
             all.
         policy: Where to go on from.
         place: Its folder; that of a run holds a critic too.
+
+    Returns:
+        Whether the critic was taken over.
     """
     weights = dict(policy.weights)
     if policy.card.verb_set == "core" and model.policy.actor.layout.full_verbs:
         weights = _with_all_verbs(weights)
     tensors = {name: th.from_numpy(array.copy()) for name, array in weights.items()}
     model.policy.actor.load_state_dict(tensors)
-    critic = critic_of(place)
+    if not (place / runs.STATE).is_file():
+        return False
+    prefix, weights = "critic.", read_state(place)["policy"]
+    critic = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     own = model.policy.critic.state_dict()
-    if critic is not None and all(
-        name in critic and critic[name].shape == tensor.shape for name, tensor in own.items()
-    ):
-        model.policy.critic.load_state_dict(critic)
+    if {k: v.shape for k, v in critic.items()} != {k: v.shape for k, v in own.items()}:
+        return False
+    model.policy.critic.load_state_dict(critic)
+    return True
 
 
 def _with_all_verbs(weights: dict[str, Floats]) -> dict[str, Floats]:
@@ -94,15 +102,6 @@ def _with_all_verbs(weights: dict[str, Floats]) -> dict[str, Floats]:
         found[name] = weights[name].copy()
         found[name][:, column] = 0
     return found
-
-
-def critic_of(place: str) -> dict[str, th.Tensor] | None:
-    """Return the weights of the critic of a run, None where the folder is not that of a run."""
-    if not (Path(place) / runs.STATE).is_file():
-        return None
-    weights = read_state(Path(place))["policy"]
-    prefix = "critic."
-    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:

@@ -118,7 +118,8 @@ def _calibrate(suite: Suite, workers: int, told: Told, only: Sequence[str]) -> N
         keys[base] = digest([plain, costs(scenario), episodes, GOODPUT, code_hash()])
         if found.get(base, {}).get("key") != keys[base]:
             jobs.append(Calibration(base, scenario, episodes))
-    for number, (job, entry) in enumerate(side_by_side(_run_job, jobs, workers), 1):
+    for number, (k, entry) in enumerate(side_by_side(_run_job, jobs, workers), 1):
+        job = jobs[k]
         found[job.base] = {**entry, "key": keys[job.base]}
         kept = {**suite.frozen, "format": FORMAT, "utilisation": dict(sorted(found.items()))}
         write_json(suite.frozen_path, kept)
@@ -131,7 +132,8 @@ def _tune(suite: Suite, workers: int, told: Told, only: Sequence[str]) -> None:
         for job in tuning_jobs(suite, only)
         if suite.tuned.get(job.place, {}).get(job.opponent, {}).get("key") != job.key
     ]
-    for number, (job, entry) in enumerate(side_by_side(_run_job, jobs, workers), 1):
+    for number, (k, entry) in enumerate(side_by_side(_run_job, jobs, workers), 1):
+        job = jobs[k]
         write_tuned(suite.tuned_path, job.place, job.opponent, entry)
         what = f"tuned {job.opponent} for {job.place}: {entry['score']:.4f}"
         told(what, number, len(jobs))

@@ -16,6 +16,7 @@ from mmrl.agents.suite_policies import COMPARATORS, Entry
 from mmrl.agents.suite_run import NUMBERS, CellResult, ttft_quantile
 from mmrl.agents.suite_stats import Bootstrap, Draws, flip_p, interval
 from mmrl.errors import InputError
+from mmrl.files import finite
 from mmrl.scenarios.suite import Cell
 from mmrl.stats import holm
 
@@ -399,7 +400,7 @@ def adjust(rows: list[Row]) -> None:
 def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Turn rows into columns, with None for NaN and for what a row has not."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [_plain(row.get(name)) for row in rows] for name in names}
+    return {name: [finite(row.get(name)) for row in rows] for name in names}
 
 
 def rows_of(table: dict[str, list[Any]]) -> list[Row]:
@@ -417,9 +418,3 @@ def _mean(values: npt.ArrayLike) -> float:
     array = np.asarray(values, np.float64)
     array = array[np.isfinite(array)]
     return float(array.mean()) if array.size else float("nan")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float | np.floating):
-        return float(value) if np.isfinite(value) else None
-    return value

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 import mmrl
-from mmrl.agents.play import PLANNED, SIDE_BY_SIDE, Piece, Played, stream
+from mmrl.agents.play import PLANNED, SIDE_BY_SIDE, Piece, Played, play
+from mmrl.agents.pool import side_by_side
 from mmrl.agents.suite_policies import Entry
 from mmrl.agents.windows import cut, fit, label
 from mmrl.errors import InputError
@@ -29,6 +30,7 @@ from mmrl.workloads.trace import Trace
 SOURCES = (
     *("node", "sim", "rules", "bounds", "scenarios", "workloads", "profiles", "envs"),
     *("metrics.py", "rollout.py", "agents/export.py", "agents/runner.py", "agents/play.py"),
+    "agents/windows.py",
 )
 # Bins of TTFT, one per cent wide, from 1 ms on; with them p99 can be had over many cells.
 BIN, FIRST_S, BINS = 0.01, 1e-3, 1500
@@ -210,7 +212,7 @@ def play_suite(
     done = total - sum(len(task.episodes) for task in open_tasks)
     watch("", done, total)
     parts: dict[int, list[Played]] = {}
-    for index, played in stream(work, workers):
+    for index, played in side_by_side(play, work, workers):
         k = owner[index]
         parts.setdefault(k, []).append(played)
         done += len(played.episodes)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmrl.agents.play import Piece, Played, stream
+from mmrl.agents.play import Piece, Played, play
+from mmrl.agents.pool import side_by_side
 from mmrl.agents.suite import EPISODES, RESULT, read
 from mmrl.agents.suite_policies import Entry, entries, policy_hash
 from mmrl.agents.suite_results import Row, rows_of
@@ -196,7 +197,7 @@ def _replay(
             _piece(suite, *cells[row["cell"]], who[row["policy"]], episodes, row["episode"])
         )
     found: list[Row] = [{} for _ in work]
-    for k, played in stream(work, workers):
+    for k, played in side_by_side(play, work, workers):
         found[k] = _compared(drawn[k], played)
     return found
 

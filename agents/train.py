@@ -23,7 +23,7 @@ from mmrl.agents.nodes import NodePlan, PlanNodes, TrainingNodes
 from mmrl.agents.policy import BETA, EquivariantPolicy
 from mmrl.agents.ppo import EventTimePPO
 from mmrl.agents.processes import NodeProcesses
-from mmrl.agents.state import critic_of, go_on_from, read_state, restore
+from mmrl.agents.state import go_on_from, read_state, restore
 from mmrl.errors import InputError
 from mmrl.files import write_json
 from mmrl.rules import Rule, get_rule
@@ -63,8 +63,6 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     else:
         rule = _prior_rule(config, scenarios)
         update = {"prior_rule": PriorRule.of(rule) if rule else None}
-    if config.critic_first is None and critic_of(config.start or "") is None:
-        update["critic_first"] = CRITIC_FIRST
     if config.learning_rate is None:
         update["learning_rate"] = LEARNING_RATE if start is None else LEARNING_RATE_ON
     if not config.name:
@@ -177,7 +175,7 @@ def _run(
             trace_s=config.trace_s,
             elapsed_time=config.elapsed_time,
             clip_apart=config.clip_apart,
-            critic_first=config.critic_first or 0,
+            critic_first=CRITIC_FIRST if config.critic_first is None else config.critic_first,
             threads=config.threads,
             device=config.device,
             learning_rate=_linear(config.learning_rate or LEARNING_RATE),
@@ -201,8 +199,10 @@ def _run(
         if state is not None:
             restore(model, nodes, state)
             callback.set_state(state)
-        elif start is not None:
-            go_on_from(model, start, config.start or "")
+        elif start is not None and config.start is not None:
+            its_critic = go_on_from(model, start, Path(config.start))
+            if its_critic and config.critic_first is None:
+                model.critic_first = 0
         with _stopping_on_interrupt(callback.stop):
             model.learn(config.steps - step, callback, reset_num_timesteps=state is None)
         for output in outputs:

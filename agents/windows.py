@@ -7,14 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from mmrl.errors import InputError
-from mmrl.scenarios.calibrate import GOODPUT, LEAST, MOST, find_crossing, rule_goodput
-from mmrl.scenarios.requests import recorded_service_s
+from mmrl.scenarios.calibrate import LEAST, MOST, NoCrossing, find_crossing, rule_goodput
 from mmrl.scenarios.sampler import EpisodeSampler
-from mmrl.scenarios.sources import arrays, unique_names
+from mmrl.scenarios.sources import service_by_row, unique_names
 from mmrl.workloads.fleet import Mapping, dilate, fit_to_fleet
 from mmrl.workloads.trace import Trace
 
-SERVICE_SAMPLES = 20_000  # requests that are looked at to learn what the trace's service costs
 CALIBRATED = 40  # windows on which load 1 is found
 
 
@@ -54,29 +52,22 @@ def fit(raw: Trace, sampler: EpisodeSampler, mapping: Mapping = "auto") -> Trace
         )
     fitted = fit_to_fleet(raw, unique_names(scenario.models), mapping)
     fitted = fitted.without_longer(sampler.most_tokens(0))
-    service_s = recorded_service_s(
-        arrays(fitted),
-        len(scenario.models),
-        max(1, len(fitted) // SERVICE_SAMPLES),
-        sampler.decode_tables,
-        sampler.prefill_tables,
-    )
-    mean_service_s = float(service_s[sampler.rows(0), np.arange(len(scenario.models))].sum())
+    models = len(scenario.models)
+    service_s = service_by_row(fitted, models, sampler.decode_tables, sampler.prefill_tables)
+    mean_service_s = float(service_s[sampler.rows(0), np.arange(models)].sum())
 
     def at(utilisation: float) -> Trace:
         return dilate(fitted, utilisation / mean_service_s)
 
     def goodput(utilisation: float) -> float:
         traces = _slices(at(utilisation), scenario.duration_s, CALIBRATED)
-        sampler.capacity = max(sampler.capacity, *map(len, traces))
         return rule_goodput(sampler, [{"trace": trace} for trace in traces])
 
     own, limits = scenario.utilisation_at_load_1, (LEAST, MOST)
     try:
         found, reached = find_crossing("this trace", goodput, lambda *tried: None, own, limits)
-    except InputError:
-        note = f"the slack rule's goodput is never {GOODPUT:.2f}: load 1 is that of the scenario"
-        return at(own).with_note(note)
+    except NoCrossing as error:
+        return at(own).with_note(f"{error.message}: load 1 is that of the scenario")
     return at(found).with_note(f"that is load 1: the slack rule has a goodput of {reached:.2f}")
 
 

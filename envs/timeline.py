@@ -6,7 +6,7 @@ are drawn.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,27 +67,6 @@ class Timeline:
     kv: npt.NDArray[np.float64]
     saving: npt.NDArray[np.bool_]
     restoring: npt.NDArray[np.bool_]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain lists and numbers, for JSON."""
-        return {
-            name: value.tolist() if isinstance(value, np.ndarray) else value
-            for name, value in asdict(self).items()
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Timeline":
-        """Return the timeline that `to_dict` wrote."""
-        values: dict[str, Any] = {
-            field.name: tuple(value)
-            if field.name.endswith("_names")
-            else np.asarray(value)
-            if isinstance(value, list)
-            else value
-            for field in fields(cls)
-            for value in [data[field.name]]
-        }
-        return cls(**values)
 
 
 class Recorder:

@@ -2,6 +2,10 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class MmrlError(Exception):
@@ -23,6 +27,16 @@ class MmrlError(Exception):
 
 class InputError(MmrlError):
     """Something that the user gave is wrong; the command line exits with 2."""
+
+
+def first_error(error: "ValidationError") -> str:
+    """Say the first error of a validation in one line, the field first, and how many more."""
+    errors = error.errors(include_url=False)
+    field = ".".join(str(part) for part in errors[0]["loc"])
+    message = errors[0]["msg"].removeprefix("Value error, ")
+    message = f"{field}: {message[:1].lower()}{message[1:]}" if field else message
+    more = len(errors) - 1
+    return f"{message} (and {more} more)" if more else message
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,25 @@ def atomic_write(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[I
         if error.errno not in FULL_DISK:
             raise
         raise MmrlError(f"disk full while writing {path}", "free some space and retry") from error
+
+
+def read_toml(path: Path, kind: str) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        path: The file.
+        kind: What it should be, with its article, for the remedy.
+
+    Raises:
+        InputError: It cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot read {path}: {reason}", f"name {kind}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}", "correct the line") from error
 
 
 def write_json(path: str | Path, obj: object, indent: int | None = 2) -> None:

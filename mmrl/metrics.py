@@ -58,7 +58,7 @@ def episode_metrics(s: Record, r: Nodes) -> EpisodeMetrics:
     elapsed_s = max(1, int(s.now_ns)) * 1e-9
     ttft_s, tpot_s, e2e_s = request_latencies(s, q)
     norm = e2e_s * 1e9 / q["isolated_ns"]
-    good = (q["state"] == DONE) & (q["miss"] == MISS_NONE)
+    good = met_targets(q)
     models = {
         "requests": np.bincount(model, minlength=count).astype(np.float64),
         "goodput": _mean_by_model(good.astype(np.float64), model, count),
@@ -85,6 +85,11 @@ def episode_metrics(s: Record, r: Nodes) -> EpisodeMetrics:
         **_counters(s, q, elapsed_s),
     }
     return EpisodeMetrics(values, models)
+
+
+def met_targets(q: Nodes) -> npt.NDArray[np.bool_]:
+    """Return which of these requests were answered within both of their latency targets."""
+    return np.asarray((q["state"] == DONE) & (q["miss"] == MISS_NONE))
 
 
 def request_latencies(s: Record, q: Nodes) -> tuple[Array, Array, Array]:

@@ -7,7 +7,6 @@ dropped, so that the result is never worse than they are on these episodes.
 
 import json
 import math
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mmrl.errors import InputError, unknown
-from mmrl.files import atomic_write
-from mmrl.metrics import request_latencies
-from mmrl.node.state import DISPATCHES, DONE, MISS_NONE, Nodes
+from mmrl.files import atomic_write, read_toml
+from mmrl.metrics import met_targets, request_latencies
+from mmrl.node.state import DISPATCHES, Nodes
 from mmrl.rollout import run_nodes
 from mmrl.rules.base import Rule
 from mmrl.scenarios.schema import Scenario
@@ -61,10 +60,17 @@ class PairedEpisodes:
     Args:
         scenarios: What to draw: episode ``i`` is of scenario ``i modulo their number``.
         split: ``"train"`` or ``"dev"``; ``"test"`` is for reports.
-        count: How many episodes, the first of the split.
+        count: How many episodes, the first of the split; at least one per scenario.
+
+    Raises:
+        InputError: They are fewer.
     """
 
     def __init__(self, scenarios: Sequence[Scenario], split: Split, count: int) -> None:
+        if count < len(scenarios):
+            raise InputError(
+                f"{count} episodes of {len(scenarios)} scenarios", "play at least one of each"
+            )
         self._indices = [range(k, count, len(scenarios)) for k in range(len(scenarios))]
         self._simulators = []
         for scenario, indices in zip(scenarios, self._indices, strict=True):
@@ -109,7 +115,7 @@ def _play(simulator: Simulator, rule: Rule, first: int, last: int) -> npt.NDArra
         q = requests[i][: int(nodes[i].n_requests)]
         if len(q):
             e2e_s = request_latencies(nodes[i], q)[2]
-            outcome[i, 0] = ((q["state"] == DONE) & (q["miss"] == MISS_NONE)).mean()
+            outcome[i, 0] = met_targets(q).mean()
             outcome[i, 1] = (e2e_s * 1e9 / q["isolated_ns"]).mean()
     return outcome
 
@@ -255,12 +261,7 @@ def write_tuned(path: Path, scenario: str, name: str, entry: Mapping[str, Any]) 
     Raises:
         InputError: The file is there but is not TOML, or cannot be written.
     """
-    tables: dict[str, dict[str, Any]] = {}
-    if path.exists():
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise InputError(f"{path}: not valid TOML: {error}", "choose another file") from error
+    tables = read_toml(path, "a file of mmrl tune") if path.exists() else {}
     tables.setdefault(scenario, {})[name] = entry
     lines = ["# Parameters of rules for scenarios, as mmrl tune found and wrote them."]
     for key, rules in sorted(tables.items()):

@@ -11,6 +11,7 @@ from mmrl.errors import InputError
 from mmrl.rules import Gdsf, Slack, get_rule, rule_class, rule_names
 from mmrl.scenarios.registry import get_scenario
 from mmrl.tuning import (
+    PairedEpisodes,
     draw_candidates,
     draw_rule,
     objective_value,
@@ -49,6 +50,11 @@ def test_the_result_depends_on_the_seed_alone(scenario: Any) -> None:
     assert one == tune(Slack, scenario, **arguments, workers=3)
     assert one.score >= one.default_score
     assert one.played == told[-1] <= planned_episodes(Slack, 5, 4)
+
+
+def test_every_scenario_is_played(scenario: Any) -> None:
+    with pytest.raises(InputError, match="1 episodes of 2 scenarios"):
+        PairedEpisodes([scenario, scenario], "dev", 1)
 
 
 def test_latency_costs_half_a_point_of_goodput_each() -> None:

@@ -198,7 +198,7 @@ def _models(sampler: "EpisodeSampler", platform: int) -> Table:
 
 
 def _targets_s(sampler: "EpisodeSampler", row: int, prompt: int) -> tuple[float, float]:
-    from mmrl.scenarios.requests import prefill_alone_ns
+    from mmrl.profiles.costs import prefill_alone_ns
     from mmrl.scenarios.targets import targets_ns
 
     alone_ns = prefill_alone_ns(sampler.prefill_tables[row], 1.0, prompt)

@@ -7,7 +7,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from mmrl.errors import InputError
+from mmrl.errors import InputError, first_error
 from mmrl.workloads.describe import print_description, write_plot
 from mmrl.workloads.fleet import Mapping, Rescale, fit_to_fleet
 from mmrl.workloads.generators import ArrivalKind, WorkloadSpec, sample_trace
@@ -121,6 +121,4 @@ def _spec(**sections: dict[str, Any]) -> WorkloadSpec:
     try:
         return WorkloadSpec.model_validate(sections)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{field}: {first['msg']}") from error
+        raise InputError(first_error(error)) from None

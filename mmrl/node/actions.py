@@ -185,15 +185,14 @@ def legal(s: Record, r: Nodes, m: int, verb: int) -> bool:
 
 
 @jit
-def legal_actions(s: Record, r: Nodes, mask: npt.NDArray[np.bool_]) -> bool:
-    """Write which actions are legal into ``mask`` (bool[A]); return whether one is, but WAIT."""
+def legal_actions(s: Record, r: Nodes, mask: npt.NDArray[np.bool_]) -> None:
+    """Write which actions are legal into ``mask``, bool[A]."""
     mask[:] = False
     mask[WAIT] = True
-    some = False
     count = verb_count(s.full_verbs)
     lacking = lacking_models(s)
     if s.full_verbs == 0 and s.prefetch == 0 and lacking == 0 and not s.paused.any():
-        return False
+        return
     idle = idle_bytes(s, -1)
     room = free_bytes(s) + releasing_bytes(s, r) - promised_bytes(s)
     for m in range(s.n_models):
@@ -212,8 +211,6 @@ def legal_actions(s: Record, r: Nodes, mask: npt.NDArray[np.bool_]) -> bool:
                     if missing_bytes(s, r, m, pieces) > mine:
                         continue
             mask[1 + m * count + place] = True
-            some = True
-    return some
 
 
 @jit

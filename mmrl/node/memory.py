@@ -133,10 +133,15 @@ def drop_from(queue: npt.NDArray[np.int32], length: int, value: int) -> int:
 
 
 @jit
-def load_seconds(s: Record, m: int) -> float:
+def whole_load_ns(s: Record, m: int) -> int:
     """Return the time to load all pieces of model ``m`` over an idle link."""
-    total = s.load_fixed_ns[m] + s.load_base_ns[m] + (s.pieces[m] - 1) * s.load_layer_ns[m]
-    return float(total * 1e-9)
+    return int(s.load_fixed_ns[m] + s.load_base_ns[m] + (s.pieces[m] - 1) * s.load_layer_ns[m])
+
+
+@jit
+def load_seconds(s: Record, m: int) -> float:
+    """Return the same in seconds."""
+    return whole_load_ns(s, m) * 1e-9
 
 
 @jit

@@ -20,6 +20,7 @@ from mmrl.node.memory import (
     promised_bytes,
     releasing_bytes,
     weight_bytes,
+    whole_load_ns,
 )
 from mmrl.node.requests import head_request
 from mmrl.node.state import (
@@ -171,7 +172,7 @@ def load_ns(s: Record, m: int) -> int:
     """Return how long until model ``m`` could be resident: the rest of its load, or a whole one."""
     if s.target[m] > 0:
         return load_left_ns(s, m)
-    return int(s.load_fixed_ns[m] + s.load_base_ns[m] + (s.pieces[m] - 1) * s.load_layer_ns[m])
+    return whole_load_ns(s, m)
 
 
 @jit

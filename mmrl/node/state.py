@@ -81,7 +81,7 @@ NODE = np.dtype(
         ("latency_ns", "i8"),  # from the event to the instant its decision is applied
         ("gap_ns", "i8"),  # the shortest time between two askings of the policy
         ("budget_bytes", "i8"),
-        ("reserve_bytes", "i8"),  # workspace, and streaming slots where the verb set has levels
+        ("reserve_bytes", "i8"),  # workspace, graphs and, where the verb set has levels, slots
         ("host_kv_limit_bytes", "i8"),
         ("dispatch", "i8"),
         ("full_verbs", "i8"),  # 1: verb set "full", 0: "core"

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmrl.node.jit import jit
+from mmrl.node.state import CHUNK_TOKENS
 from mmrl.profiles.curves import DecodeCurve, PrefillCurve
 from mmrl.profiles.schema import Array, DecodePoint, Overhead, Profile, TokenPoint
 
@@ -68,6 +69,17 @@ def prefill_chunk_ns(table: Array, scale: float, start_tokens: int, tokens: int)
     return max(1, int(seconds * scale * 1e9 + 0.5))
 
 
+@jit
+def prefill_alone_ns(table: Array, scale: float, prompt: int) -> int:
+    """Return the time of a resident model's prefill of ``prompt`` tokens in ns, chunk by chunk."""
+    total, start = 0, 0
+    while start < prompt:
+        tokens = min(CHUNK_TOKENS, prompt - start)
+        total += prefill_chunk_ns(table, scale, start, tokens)
+        start += tokens
+    return total
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """A measured point predicted from the others of its table."""
@@ -118,10 +130,6 @@ class CostModel:
         """Return the time of a prefill chunk after ``start_tokens`` (see ``prefill_chunk_ns``)."""
         added = self.prefill_s(start_tokens + tokens) - self.prefill_s(start_tokens)
         return max(self.prefill_s(tokens), added)
-
-    def prefill_compute_s(self, tokens: int) -> float:
-        """Return what of a prefill is computing, were launching it free."""
-        return float(self._prefill_curve.compute_s(tokens))
 
     def stream_layer_s(self, tokens: int = 1) -> float:
         """Return link seconds of one streamed layer in an iteration over ``tokens`` tokens.

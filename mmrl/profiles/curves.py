@@ -123,11 +123,6 @@ class PrefillCurve:
         self._time = np.maximum.accumulate([p.time_s for p in points])
         self._rise = int(np.searchsorted(self._time, self._time[0], side="right"))
 
-    @property
-    def floor_s(self) -> float:
-        """The launch floor: what the shortest prompt takes."""
-        return float(self._time[0])
-
     def compute_s(self, tokens: npt.ArrayLike) -> Array:
         """Return the computing alone, without the launch floor (0 where only that was seen)."""
         work = self._operations(tokens)

@@ -12,11 +12,10 @@ import math
 from collections.abc import Sequence
 
 from mmrl.profiles.costs import CostModel
-from mmrl.profiles.derive import PREFILL_GRID, compose_profile, rule
+from mmrl.profiles.derive import DECODE_GRID, PREFILL_GRID, compose_profile, rule
 from mmrl.profiles.schema import Architecture, Platform, Profile, Provenance
 
 MARK = "~"  # in front of the name of a size in between
-BATCHES, CONTEXTS = (1, 8, 32, 64), (512, 2048, 8192)
 WIDTH_STEP = 64  # widths are multiples of it
 
 
@@ -68,10 +67,9 @@ def interpolated_profile(platform: Platform, low: Profile, high: Profile, share:
 
     decode: dict[tuple[int, int], float] = {}
     prefill: dict[int, float] = {}
-    for batch in BATCHES:  # a larger job never takes less time, though ratios may wobble
-        for context in CONTEXTS:
-            smaller = [decode[b, c] for b, c in decode if b <= batch and c <= context]
-            decode[batch, context] = max([decode_s(batch, context), *smaller])
+    for batch, context in DECODE_GRID:  # a larger job never takes less time, if ratios wobble
+        smaller = [decode[b, c] for b, c in decode if b <= batch and c <= context]
+        decode[batch, context] = max([decode_s(batch, context), *smaller])
     for tokens in PREFILL_GRID:
         prefill[tokens] = max([prefill_s(tokens), *prefill.values()])
     return compose_profile(

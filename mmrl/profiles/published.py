@@ -18,7 +18,6 @@ SOURCE = "arXiv 2605.19593, tables II and III, through two digests that agree"
 HOSTS = ("study-rtx5000ada", "study-a6000")
 RUN_TOKENS = 7000  # that a job generates, undisturbed
 CHECKPOINT_TOKENS = 2550  # context at a preemption: the middle of its checkpoints, 100 to 5,000
-TABLE_3_TOKENS = 5000  # context of its KV transfers
 MIB = 2**20  # its "MB": only so do they agree with the models' shapes
 
 

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from mmrl.errors import InputError
+from mmrl.errors import InputError, first_error
 from mmrl.files import write_json
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -392,14 +392,4 @@ def _load(path: Path, schema: type[R]) -> R:
     try:
         return schema.model_validate(data)
     except ValidationError as error:
-        raise InputError(f"{path}: {_first(error)}", REMEDY) from error
-
-
-def _first(error: ValidationError) -> str:
-    """Say the first error in one line, the field first, and how many more there are."""
-    errors = error.errors(include_url=False)
-    field = ".".join(str(part) for part in errors[0]["loc"])
-    message = errors[0]["msg"].removeprefix("Value error, ")
-    message = f"{field}: {message[:1].lower()}{message[1:]}" if field else message
-    more = len(errors) - 1
-    return f"{message} (and {more} more)" if more else message
+        raise InputError(f"{path}: {first_error(error)}", REMEDY) from error

@@ -15,8 +15,8 @@ from mmrl.node.actions import (
 from mmrl.node.jit import jit
 from mmrl.node.memory import has_work, is_idle, weight_bytes
 from mmrl.node.observe import batch_step_ns
-from mmrl.node.state import CHUNK_TOKENS, DECODE, NEVER, CostTable, Nodes, Record
-from mmrl.profiles.costs import prefill_chunk_ns
+from mmrl.node.state import DECODE, NEVER, CostTable, Nodes, Record
+from mmrl.profiles.costs import prefill_alone_ns
 
 ASSUMED_OUTPUT_TOKENS = 200.0  # of a model of which no request has ended yet
 
@@ -131,14 +131,7 @@ def residency_ns(s: Record, m: int) -> int:
 @jit
 def prefill_ns(s: Record, m: int, tokens: int, prefill_tables: CostTable) -> int:
     """Return the compute time of a prefill of ``tokens`` tokens of model ``m``, resident."""
-    table = prefill_tables[s.profile[m]]
-    total = 0
-    start = 0
-    while start < tokens:
-        chunk = min(CHUNK_TOKENS, tokens - start)
-        total += prefill_chunk_ns(table, s.prefill_scale[m], start, chunk)
-        start += chunk
-    return total
+    return prefill_alone_ns(prefill_tables[s.profile[m]], s.prefill_scale[m], tokens)
 
 
 @jit

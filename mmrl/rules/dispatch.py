@@ -36,6 +36,9 @@ def suggest(
         decode_tables: float64[P, 65, 33].
         prefill_tables: float64[P, 257].
         params: float64[MAX_PARAMS], ``Rule.params``.
+
+    Raises:
+        ValueError: No rule has this number.
     """
     if number == 0:
         return slack.suggest(s, r, decode_tables, prefill_tables, params)
@@ -53,4 +56,6 @@ def suggest(
         return drain_first.suggest(s, r, decode_tables, prefill_tables, params)
     if number == 7:
         return setup_index.suggest(s, r, decode_tables, prefill_tables, params)
-    return partial.suggest(s, r, decode_tables, prefill_tables, params)
+    if number == 8:
+        return partial.suggest(s, r, decode_tables, prefill_tables, params)
+    raise ValueError("no rule has this number")

@@ -1,13 +1,13 @@
 """Rules by name, with the parameters that tuning found for a scenario."""
 
 import functools
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from mmrl.errors import InputError, nearest, unknown
+from mmrl.errors import InputError, first_error, nearest, unknown
+from mmrl.files import read_toml
 from mmrl.rules.base import Rule
 from mmrl.rules.drain_first import DrainFirst
 from mmrl.rules.full_swap import FullSwap
@@ -49,13 +49,7 @@ def tuned_params(path: Path = TUNED) -> dict[str, dict[str, dict[str, Any]]]:
     Raises:
         InputError: The file cannot be read or is not TOML.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(f"cannot read {path}: {reason}", "write it with mmrl tune") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}", "write it with mmrl tune") from error
+    tables = read_toml(path, "a file of mmrl tune")
     return {
         scenario: {name: dict(entry["params"]) for name, entry in rules.items()}
         for scenario, rules in tables.items()
@@ -98,4 +92,4 @@ def _explain(rule: type[Rule], error: ValidationError) -> InputError:
         known = list(rule.model_fields)
         remedy = nearest(field, known) or f"known: {', '.join(known)}"
         return InputError(f"rule '{rule.name}': unknown parameter '{field}'", remedy)
-    return InputError(f"rule '{rule.name}': {field}: {first['msg'].lower()}")
+    return InputError(f"rule '{rule.name}': {first_error(error)}")

@@ -16,6 +16,8 @@ from mmrl.profiles.interpolate import interpolated_profiles
 from mmrl.profiles.registry import get_platform, get_profile
 from mmrl.profiles.schema import Overhead, Platform, Profile, Slowdown, Transfer
 
+Tokens = int | NDArray[np.int64]
+
 LOAD_FIELDS = ("load_fixed_ns", "load_base_ns", "load_layer_ns")
 STREAM_FIELDS = ("stream_fixed_ns", "stream_layer_ns")
 OTHER_FIELDS = (
@@ -33,7 +35,6 @@ OTHER_FIELDS = (
     "beside_save",
     "settle_ns",
 )
-Tokens = int | NDArray[np.int64]
 CONSTANT_FIELDS = (*OTHER_FIELDS, *LOAD_FIELDS, *STREAM_FIELDS)
 
 

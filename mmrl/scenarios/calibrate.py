@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmrl.errors import InputError
-from mmrl.node.state import DONE, MISS_NONE
+from mmrl.metrics import met_targets
 from mmrl.scenarios.schema import Scenario
 from mmrl.scenarios.seeds import episode_rng
 
@@ -25,6 +25,10 @@ GOODPUT = 0.9
 LEAST, MOST = 1 / 64, 64.0  # utilisations between which load 1 must lie
 POINTS = 9  # utilisations behind the fitted line
 BEYOND = 1.1  # how far they reach over the bracket
+
+
+class NoCrossing(InputError):
+    """There is no load at which the slack rule's goodput is the wanted one."""
 
 
 def goodput_at(scenario: Scenario, utilisation: float, episodes: int) -> float:
@@ -52,15 +56,15 @@ def rule_goodput(sampler: "Sampler", episodes: Sequence[Mapping[str, Any] | None
     from mmrl.rules import get_rule
     from mmrl.sim.batch import Simulator
 
-    simulator = Simulator(sampler, len(episodes))
+    traces = [options["trace"] for options in episodes if options and "trace" in options]
+    simulator = Simulator(sampler, len(episodes), max(map(len, traces), default=0))
     for i, options in enumerate(episodes):
         simulator.reset(i, episode_rng("dev", i), options)
     run_rule(simulator, get_rule(RULE))
     shares = []
     for node, requests in zip(simulator.nodes, simulator.requests, strict=True):
         if (n := int(node.n_requests)) > 0:
-            good = (requests.state[:n] == DONE) & (requests.miss[:n] == MISS_NONE)
-            shares.append(float(good.mean()))
+            shares.append(float(met_targets(requests[:n]).mean()))
     return float(np.mean(shares)) if shares else 1.0
 
 
@@ -80,7 +84,7 @@ def calibrate(
         (utilisation, rounded to three digits, and the goodput there).
 
     Raises:
-        InputError: The goodput is below at the lightest load or above at the heaviest.
+        NoCrossing: The goodput is below at the lightest load or above at the heaviest.
     """
     start = min(max(scenario.utilisation_at_load_1, LEAST), MOST)
     reached = functools.partial(goodput, scenario)
@@ -108,7 +112,7 @@ def find_crossing(
         (load, rounded to three digits, and the goodput there).
 
     Raises:
-        InputError: The goodput is below at the lightest load or above at the heaviest.
+        NoCrossing: The goodput is below at the lightest load or above at the heaviest.
     """
 
     def enough(load: float) -> bool:
@@ -121,7 +125,7 @@ def find_crossing(
         while enough(high := 2 * low):
             low = high
             if low > limits[1]:
-                raise InputError(
+                raise NoCrossing(
                     f"{what}: goodput stays above {GOODPUT:g} at any load",
                     "tighten its targets or lower its budget",
                 )
@@ -129,7 +133,7 @@ def find_crossing(
         while not enough(low := high / 2):
             high = low
             if high < limits[0]:
-                raise InputError(
+                raise NoCrossing(
                     f"{what}: goodput stays below {GOODPUT:g} at any load",
                     "loosen its targets or raise its budget",
                 )
@@ -141,6 +145,6 @@ def find_crossing(
         report(*point)
     slope, level = np.polyfit(np.log(tried), reached, 1)
     if slope >= 0:
-        raise InputError(f"{what}: goodput does not fall with the load", "play more episodes")
+        raise NoCrossing(f"{what}: goodput does not fall with the load", "play more episodes")
     found = float(f"{math.exp((GOODPUT - level) / slope):.3g}")
     return found, goodput(found)

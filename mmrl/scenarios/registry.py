@@ -1,10 +1,10 @@
 """Scenarios by name (those that mmrl ships) or by path (a user's TOML file)."""
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
-from mmrl.errors import InputError, unknown
+from mmrl.errors import unknown
+from mmrl.files import read_toml
 from mmrl.scenarios.schema import ALTERNATIVES, Scenario, build_scenario
 
 DATA = Path(__file__).parent / "data"
@@ -55,21 +55,11 @@ def get_scenario(name_or_path: str | Path, **overrides: Any) -> Scenario:
         data = get_suite(suite).cell(cell).scenario.model_dump(mode="json", exclude_none=True)
     else:
         path = scenario_path(name_or_path)
-        data = {"name": path.stem, **_anchored(_read(path), path.parent)}
+        data = {"name": path.stem, **_anchored(read_toml(path, "a scenario file"), path.parent)}
     for pair in ALTERNATIVES:
         if any(overrides.get(field) is not None for field in pair):
             data = {field: value for field, value in data.items() if field not in pair}
     return build_scenario(data | overrides, str(name_or_path))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(f"cannot read {path}: {reason}", "name a scenario file") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}", "correct the line") from error
 
 
 def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:

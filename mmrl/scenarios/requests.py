@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmrl.node.jit import jit, jit_arrays
-from mmrl.node.state import CHUNK_TOKENS, SEGMENT_STEPS, UNARRIVED
-from mmrl.profiles.costs import decode_ns, prefill_chunk_ns
+from mmrl.node.state import SEGMENT_STEPS, UNARRIVED
+from mmrl.profiles.costs import decode_ns, prefill_alone_ns
 from mmrl.scenarios.targets import TargetNumbers, targets_ns
 from mmrl.workloads.generators import WorkloadRanges, draw_workload, generate
 from mmrl.workloads.lengths import LengthTable, sample_lengths
@@ -44,17 +44,6 @@ class TraceArrays(NamedTuple):
     prompt_tokens: NDArray[np.int32]
     output_tokens: NDArray[np.int32]
     batch_work: NDArray[np.bool_]
-
-
-@jit
-def prefill_alone_ns(table: NDArray[np.float64], scale: float, prompt: int) -> int:
-    """Return the time of a resident model's prefill of `prompt` tokens, chunk by chunk."""
-    total, start = 0, 0
-    while start < prompt:
-        tokens = min(CHUNK_TOKENS, prompt - start)
-        total += prefill_chunk_ns(table, scale, start, tokens)
-        start += tokens
-    return total
 
 
 @jit

@@ -87,6 +87,10 @@ def read_bank(scenarios: Sequence[Scenario]) -> CostBank:
     return CostBank.read(tuple(dict.fromkeys(platforms)), names, *(between or {(0, ())}).pop())
 
 
+class DoesNotFit(InputError):
+    """A model of the fleet can never serve under the budget."""
+
+
 class EpisodeSampler:
     """Draws episodes of a scenario.
 
@@ -95,7 +99,8 @@ class EpisodeSampler:
         bank: Its profiles, maybe among others; read unless given.
 
     Raises:
-        InputError: A platform, model or trace is unknown or wrong, or a model can never fit.
+        InputError: A platform, model or trace is unknown or wrong; `DoesNotFit`: a model can
+            never fit.
 
     Attributes:
         scenario: The scenario.
@@ -187,9 +192,9 @@ class EpisodeSampler:
         if load is None:
             low, high = scenario.load
             load = low + (high - low) * float(uniform[0])
-        platform = int(uniform[1] * len(scenario.platform))
-        rows = self._draw_fleet(rng, platform, uniform[3:])
-        platform = self.platforms[platform]
+        drawn = int(uniform[1] * len(scenario.platform))
+        rows = self._draw_fleet(rng, drawn, uniform[3:])
+        platform = self.platforms[drawn]
         budget = self._budget_bytes(platform, rows, uniform[2])
         scale = np.ones((4, len(rows)))
         if scenario.jitter:
@@ -227,7 +232,7 @@ class EpisodeSampler:
         if load is not None and not 0 < load <= self._highest_load:
             raise InputError(
                 f"option load is {load:g}, not above 0 and up to {self._highest_load:g}",
-                "override the scenario's load instead",
+                "a scenario of your own may have more: load = [1, 2]",
             )
         return load, options.get("trace")
 
@@ -321,7 +326,8 @@ class EpisodeSampler:
         even the largest budget cannot serve.
 
         Raises:
-            InputError: A model can never fit, or none of those to choose from can.
+            DoesNotFit: A model can never fit, or none of those to choose from can.
+            InputError: The budget is more than a platform has.
         """
         scenario, bank = self.scenario, self.bank
         names = scenario.fleet.choose_from if scenario.fleet else scenario.models or ()
@@ -343,7 +349,7 @@ class EpisodeSampler:
         needed = bank.needed_bytes(rows, levels=False, tokens=self._source.longest_tokens)
         fitting = rows[needed <= budget]
         if len(fitting) == 0:
-            raise InputError(
+            raise DoesNotFit(
                 f"scenario '{scenario.name}': fleet.choose_from: none of them fits in "
                 f"{budget / 1e9:.1f} GB of {bank.platforms[platform].name}",
                 "raise the budget or name smaller models",
@@ -374,7 +380,7 @@ class EpisodeSampler:
         most = int(self.bank.most_tokens(rows, self.full_verbs, budget_bytes).min())
         if most and isinstance(self._source, RecordedRequests):
             remedy += f", or leave longer requests out (mmrl workload fit --longest {most})"
-        raise InputError(
+        raise DoesNotFit(
             f"scenario '{self.scenario.name}': {self._row_names[row]} can never fit on "
             f"{self.bank.platforms[platform].name}: {weights / 1e9:.1f} GB of {what}, "
             f"{(needed[worst] - weights - kv) / 1e9:.1f} GB reserved and {kv / 1e9:.1f} GB of KV "

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from mmrl.errors import InputError, nearest
+from mmrl.errors import InputError, first_error, nearest
 from mmrl.node.state import MAX_MODELS
 from mmrl.scenarios.targets import Targets
 from mmrl.workloads.fleet import Mapping
@@ -185,9 +185,7 @@ class Scenario(_Strict):
             try:
                 self._with(variant)
             except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                field = ".".join(map(str, first["loc"]))
-                raise ValueError(f"variants.{k}.{field}: {first['msg']}") from None
+                raise ValueError(f"variants.{k}.{first_error(error)}") from None
         return self
 
     @model_validator(mode="after")
@@ -272,7 +270,8 @@ def build_scenario(data: dict[str, Any], where: str) -> Scenario:
 def _explain(error: ValidationError, where: str) -> InputError:
     """Say the first error in one line, and how many more there are."""
     errors = error.errors(include_url=False)
-    first = errors[0]
+    # A required field that is misspelt is both missing and unknown: the latter names it.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     # Of a union, pydantic adds the branch to the path: not a name that the user has written.
     field = ".".join(str(part) for part in first["loc"] if re.fullmatch(r"\w+", str(part)))
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

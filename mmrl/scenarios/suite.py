@@ -11,7 +11,6 @@ A cell is also a scenario: ``get_scenario("v1:fast-chat-1.0")``.
 
 import hashlib
 import json
-import tomllib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -20,7 +19,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mmrl.errors import InputError, unknown
+from mmrl.errors import InputError, first_error, unknown
+from mmrl.files import read_toml
 from mmrl.profiles.registry import get_platform, get_profile
 from mmrl.scenarios.schema import ALTERNATIVES, Scenario, build_scenario
 from mmrl.scenarios.seeds import Split
@@ -209,18 +209,18 @@ class Suite:
         self.frozen_path = path.with_suffix(".frozen.json")
         self.tuned_path = path.with_suffix(".tuned.toml")
         try:
-            self.spec = SuiteSpec.model_validate(_toml(path))
+            self.spec = SuiteSpec.model_validate(read_toml(path, "a suite"))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"]))
-            message = first["msg"].removeprefix("Value error, ")
-            raise InputError(f"{path}: {f'{field}: ' if field else ''}{message}") from None
+            raise InputError(f"{path}: {first_error(error)}") from None
         self.frozen: dict[str, Any] = {}
         if self.frozen_path.exists():
-            self.frozen = json.loads(self.frozen_path.read_text("utf-8"))
+            try:
+                self.frozen = json.loads(self.frozen_path.read_text("utf-8"))
+            except ValueError as error:
+                raise InputError(f"{self.frozen_path}: {error}", "freeze the suite again") from None
         self.tuned: dict[str, dict[str, dict[str, Any]]] = {}
         if self.tuned_path.exists():
-            self.tuned = _toml(self.tuned_path)
+            self.tuned = read_toml(self.tuned_path, "a suite")
         self.cells = self._make_cells()
 
     def cell(self, name: str) -> Cell:
@@ -403,13 +403,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_rounded(part) for part in value]
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(f"cannot read {path}: {reason}", "name a suite") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}", "correct the line") from error

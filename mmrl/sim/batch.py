@@ -104,8 +104,14 @@ class Simulator:
         done: int8[N], 0 running, 1 terminated (every request ended), 2 truncated (horizon).
     """
 
-    def __init__(self, sampler: Sampler, num_envs: int) -> None:
-        """Make room for ``num_envs`` nodes; each must be ``reset`` before it is stepped."""
+    def __init__(self, sampler: Sampler, num_envs: int, longest: int = 0) -> None:
+        """Make room for nodes; each must be ``reset`` before it is stepped.
+
+        Args:
+            sampler: Where episodes come from.
+            num_envs: How many nodes.
+            longest: Requests of the longest trace to be played, if any is.
+        """
         self.sampler = sampler
         self.num_envs = num_envs
         self.max_models = sampler.max_models
@@ -115,7 +121,7 @@ class Simulator:
         self.observation_size = observation_size(self.max_models)
         self.nodes = new_nodes(num_envs)
         self.nodes.done = 2
-        self.requests = new_requests(num_envs, sampler.capacity)
+        self.requests = new_requests(num_envs, max(sampler.capacity, longest))
         self.infos: list[Any] = [None] * num_envs
         self.reward_terms = np.zeros((num_envs, 2))
         self.dt_s = np.zeros(num_envs)

@@ -96,15 +96,14 @@ def _parse_burstgpt(row: dict[str, Any], file: str) -> Request:
     return Request(_time_ns(row["Timestamp"]), row["Model"], tokens(row["Request tokens"]), answer)
 
 
-def _parse_mooncake(row: dict[str, Any], file: str) -> Request:
-    time_ns = _time_ns(row["timestamp"], unit_ns=10**6)
-    return Request(time_ns, file, tokens(row["input_length"]), _answer(row["output_length"]))
+def _block_hashes(unit_ns: int) -> Callable[[dict[str, Any], str], Request]:
+    """Parse what Mooncake and Bailian share; their times are in different units."""
 
+    def parse(row: dict[str, Any], file: str) -> Request:
+        time_ns = _time_ns(row["timestamp"], unit_ns)
+        return Request(time_ns, file, tokens(row["input_length"]), _answer(row["output_length"]))
 
-def _parse_bailian(row: dict[str, Any], file: str) -> Request:
-    # The keys of Mooncake, but in seconds.
-    time_ns = _time_ns(row["timestamp"])
-    return Request(time_ns, file, tokens(row["input_length"]), _answer(row["output_length"]))
+    return parse
 
 
 def _lengths_only(prompt: str, output: str) -> Format:
@@ -121,9 +120,11 @@ FORMATS = {
     "burstgpt": Format(
         ("Timestamp", "Model", "Request tokens", "Response tokens"), _parse_burstgpt, tick_s=1.0
     ),
-    "bailian": Format(("chat_id", "timestamp", "input_length", "output_length"), _parse_bailian),
+    "bailian": Format(
+        ("chat_id", "timestamp", "input_length", "output_length"), _block_hashes(10**9)
+    ),
     "mooncake": Format(
-        ("timestamp", "input_length", "output_length"), _parse_mooncake, tick_s=None
+        ("timestamp", "input_length", "output_length"), _block_hashes(10**6), tick_s=None
     ),
 }
 

@@ -131,7 +131,11 @@ class LengthSpec(BaseModel):
 
     @model_validator(mode="after")
     def _families_exist(self) -> "LengthSpec":
-        if (EMPIRICAL in family_names(self.family)) != (self.file is not None):
+        try:
+            names = family_names(self.family)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        if (EMPIRICAL in names) != (self.file is not None):
             raise ValueError("family 'empirical' and a file of recorded lengths need each other")
         return self
 

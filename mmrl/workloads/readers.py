@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mmrl.errors import InputError, unknown
 from mmrl.workloads.formats import FORMATS, LENGTH_FORMATS, FailedRequest, Format, Request
 from mmrl.workloads.lengths import family_names, length_table, sample_many
-from mmrl.workloads.trace import Trace
+from mmrl.workloads.trace import CSV_COLUMNS, Trace
 
 FUNCTIONS = "azure-functions"
 FORMAT_NAMES = (*FORMATS, FUNCTIONS)
@@ -57,7 +57,7 @@ class _Columns:
     output_tokens: "array[int]" = field(default_factory=lambda: array("i"))
     batch_work: "array[int]" = field(default_factory=lambda: array("b"))
     services: dict[str, int] = field(default_factory=dict)
-    duration_s: float = 0.0
+    durations_s: list[float] = field(default_factory=list)  # of each file; 0: it does not say
     notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -214,7 +214,8 @@ def _detect(path: Path, formats: Mapping[str, Format]) -> str:
         if any(set(format.columns) <= set(table.header) for format in LENGTH_FORMATS.values()):
             raise InputError(
                 f"{path} records lengths and no arrival times",
-                "generate a workload with them: --lengths empirical --lengths-file",
+                f"name its columns {','.join(CSV_COLUMNS[:4])}, or generate a workload with its "
+                "lengths: --lengths empirical --lengths-file",
             )
         known = "; ".join(",".join(format.columns) for format in formats.values())
         raise InputError(
@@ -254,6 +255,8 @@ def _read_rows(path: Path, name: str, format: Format, skip_bad: bool, columns: _
                 raise InputError(f"{path} has no '{column}', which format {name} needs")
         if format.own_clock:
             _take_header(path, table.about, columns)
+        else:
+            columns.durations_s.append(0.0)
         for line, row in table.rows:
             if isinstance(row, str):
                 problems.add(line, row)
@@ -293,7 +296,7 @@ def _take_header(path: Path, about: dict[str, Any], columns: _Columns) -> None:
         raise InputError(f"{path}, line 1: duration_s must be a number")
     for model in models:
         columns.index_of(model)
-    columns.duration_s = max(columns.duration_s, duration_s)
+    columns.durations_s.append(duration_s)
     columns.notes += notes
 
 
@@ -307,6 +310,9 @@ def _to_trace(columns: _Columns, format: Format, rng: np.random.Generator) -> Tr
     first_s, last_s = time_ns[order[0]] / 1e9, time_ns[order[-1]] / 1e9
     # One mean gap after the last request: to end with it would overestimate a short trace's rate.
     gap_s = (last_s - first_s) / (len(order) - 1) if last_s > first_s else 1.0
+    duration_s = max(columns.durations_s)
+    if not all(columns.durations_s):
+        duration_s = max(duration_s, last_s + max(gap_s, 1e-6))
     return Trace(
         arrival_ns=time_ns[order],
         model=np.array(columns.service, np.int32)[order],
@@ -314,7 +320,7 @@ def _to_trace(columns: _Columns, format: Format, rng: np.random.Generator) -> Tr
         output_tokens=np.array(columns.output_tokens, np.int32)[order],
         batch_work=np.array(columns.batch_work, np.bool_)[order],
         model_names=tuple(columns.services),
-        duration_s=float(columns.duration_s or last_s + max(gap_s, 1e-6)),
+        duration_s=float(duration_s),
         notes=(*columns.notes, *notes),
     )
 

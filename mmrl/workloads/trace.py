@@ -176,17 +176,6 @@ class Trace:
                 kind = BATCH if batch else INTERACTIVE
                 rows.writerow((arrival_s, self.model_names[model], prompt, output, kind))
 
-    @classmethod
-    def from_csv(cls, path: str | Path) -> "Trace":
-        """Read our own CSV; what `to_csv` wrote comes back exactly.
-
-        Raises:
-            InputError: The file is missing or a row is bad (the message has the line number).
-        """
-        from mmrl.workloads.readers import read_trace
-
-        return read_trace([path], format="mmrl")
-
 
 def short_name(name: str) -> str:
     """Return name as it fits in a line; functions and services go by long hashes."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mmrl.agents import suite_run
+from mmrl.agents.pool import side_by_side
 from mmrl.agents.suite import EPISODES, RESULT, evaluate_suite, read
 from mmrl.agents.suite_freeze import freeze
 from mmrl.agents.suite_policies import entries
@@ -111,6 +112,13 @@ def test_a_cell_that_changed_is_refused(folder, result, tmp_path, old, new):
     assert get_suite(tmp_path / "tiny.toml").hash != get_suite(folder / "tiny.toml").hash
 
 
+def test_a_damaged_file_of_what_was_frozen_is_named(folder, result, tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "tiny.frozen.json").write_text("{")
+    with pytest.raises(InputError, match=r"tiny\.frozen\.json: .*freeze the suite again"):
+        get_suite(tmp_path / "tiny.toml")
+
+
 def test_all_play_every_cell_on_seeds_of_its_own(folder, result):
     table = pd.read_parquet(folder / "out" / "first" / EPISODES)
     assert sorted(table.cell.unique()) == CELLS
@@ -159,13 +167,12 @@ def test_a_pool_holds_its_cells_and_core_only(result):
 
 def test_a_second_run_plays_only_what_is_new(folder, result, monkeypatch):
     played = []
-    stream = suite_run.stream
 
-    def watched(work, workers):
+    def watched(play, work, workers):
         played.extend((piece.board, piece.contender.name) for piece in work)
-        return stream(work, workers)
+        return side_by_side(play, work, workers)
 
-    monkeypatch.setattr(suite_run, "stream", watched)
+    monkeypatch.setattr(suite_run, "side_by_side", watched)
     make_policy(folder / "other", 0.5)
     make_policy(folder / "trained there", 2.5)
     there = "there@*-fixed-*"
@@ -187,22 +194,21 @@ def test_a_second_run_plays_only_what_is_new(folder, result, monkeypatch):
 def test_an_interrupted_run_goes_on(folder, result, monkeypatch):
     out = folder / "other" / "result"
     policies = [f"mine={folder / 'policies'}"]
-    stream = suite_run.stream
 
-    def broken(work, workers):
-        for number, part in enumerate(stream(work, workers)):
+    def broken(play, work, workers):
+        for number, part in enumerate(side_by_side(play, work, workers)):
             if number == 4:
                 raise KeyboardInterrupt
             yield part
 
-    monkeypatch.setattr(suite_run, "stream", broken)
+    monkeypatch.setattr(suite_run, "side_by_side", broken)
     with pytest.raises(KeyboardInterrupt):
         evaluate_suite(folder / "tiny.toml", policies, out)
     assert not out.exists()
     kept = len(list((folder / "other" / "suite-cache").iterdir()))
     assert 0 < kept <= 4
     told = []
-    monkeypatch.setattr(suite_run, "stream", stream)
+    monkeypatch.setattr(suite_run, "side_by_side", side_by_side)
     again = evaluate_suite(
         folder / "tiny.toml", policies, out, watch=lambda cell, done, total: told.append(done)
     )

@@ -16,6 +16,7 @@ from mmrl.agents.export import FULL, load_policy
 from mmrl.agents.nodes import NodePlan, TrainingNodes
 from mmrl.agents.policy import RARE
 from mmrl.agents.runner import play
+from mmrl.agents.state import read_state
 from mmrl.agents.train import (
     CRITIC_FIRST,
     LEARNING_RATE,
@@ -228,11 +229,14 @@ def test_training_goes_on_from_a_policy(scenario: str, tmp_path: Path) -> None:
         kept = read_config(folder)
         assert kept.width == trained.card.width
         assert kept.learning_rate == LEARNING_RATE_ON < LEARNING_RATE
-        assert kept.critic_first == (None if start == first else CRITIC_FIRST)
+        critic_first = read_state(folder)["critic_first"]
+        assert critic_first == (0 if start == first else CRITIC_FIRST)
         ended = load_policy(folder / runs.LAST)
         moved = any(not np.array_equal(ended.weights[n], w) for n, w in begun.weights.items())
         assert moved == (start == first)  # else only the critic learns at first
         resume(folder, steps=1536)
+    blind = small(scenario, tmp_path, steps=512, name="blind", start=str(first), privileged=False)
+    assert read_state(train(blind))["critic_first"] == CRITIC_FIRST  # the critic does not fit
     shipped = load_policy("default")
     folder = train(small(scenario, tmp_path, steps=512, name="d", start="default"))
     begun = load_policy(folder / runs.STEP0)

@@ -8,7 +8,7 @@ import pytest
 from mmrl.envs import render
 from mmrl.envs.env import MultiModelServingEnv
 from mmrl.envs.perfetto import export, to_trace
-from mmrl.envs.timeline import UNASKED, EpisodeLog, Timeline, record_episode
+from mmrl.envs.timeline import UNASKED, EpisodeLog, record_episode
 from mmrl.rules import get_rule
 from mmrl.scenarios.schema import Scenario
 
@@ -48,13 +48,6 @@ def test_recording_changes_nothing(busy: Scenario) -> None:
     assert log.reward == total
     assert log.metrics == info["metrics"]
     assert log.timeline.action[log.timeline.action != UNASKED].tolist() == actions
-
-
-def test_a_timeline_survives_json(log: EpisodeLog) -> None:
-    again = Timeline.from_dict(json.loads(json.dumps(log.timeline.to_dict())))
-    assert again.to_dict() == log.timeline.to_dict()
-    assert again.model_names == log.timeline.model_names
-    assert again.landed.dtype == np.float64 and again.paused.dtype == np.bool_
 
 
 def test_the_perfetto_trace_holds_every_request_and_balanced_spans(

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from mmrl.errors import InputError
 from mmrl.node.state import NODE, REQUEST, SEGMENT_STEPS, new_nodes, new_requests
-from mmrl.profiles.costs import decode_ns, prefill_chunk_ns
+from mmrl.profiles.costs import decode_ns, prefill_alone_ns, prefill_chunk_ns
 from mmrl.profiles.registry import get_profile
 from mmrl.scenarios.registry import get_scenario, scenario_names
-from mmrl.scenarios.requests import decode_alone_ns, prefill_alone_ns
+from mmrl.scenarios.requests import decode_alone_ns
 from mmrl.scenarios.sampler import EpisodeInfo, EpisodeSampler
 from mmrl.scenarios.seeds import SPLITS, episode_rng
 from mmrl.workloads.generators import WorkloadSpec, sample_trace

@@ -62,6 +62,7 @@ def test_an_override_replaces_its_alternative() -> None:
     ("old", "new", "expected"),
     [
         ("budget_gb", "budgetgb", "unknown field 'budgetgb'.*did you mean 'budget_gb'"),
+        ("platform =", "platfrm =", r"unknown field 'platfrm'.*did you mean 'platform'"),
         ("kind =", "knd =", r"unknown field 'workload.arrivals.knd'.*did you mean 'kind'"),
         ('"chat"', '"chatt"', "targets.kind: unknown value 'chatt'.*did you mean 'chat'"),
         ('"poisson"', '"poison"', "workload.arrivals.kind: .*poison"),
@@ -99,6 +100,11 @@ def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, expected: st
 def test_what_only_the_profiles_tell_is_named(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         get_scenario("demo", **change).sampler()
+
+
+def test_an_unknown_length_family_is_named_with_its_field() -> None:
+    with pytest.raises(InputError, match=r"workload.lengths: .*'chatt' \(did you mean 'chat'"):
+        get_scenario("demo", workload={"lengths": {"family": "chatt"}})
 
 
 def test_unknown_names_and_files(tmp_path: Path) -> None:

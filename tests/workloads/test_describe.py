@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from mmrl.cli.workload import app
 from mmrl.errors import InputError
 from mmrl.workloads.describe import describe, print_description
+from mmrl.workloads.readers import read_trace
 from mmrl.workloads.trace import Trace
 
 
@@ -71,7 +72,7 @@ def test_generate_describe_fit(tmp_path):
     asked = ["--models", "a,b,c", "--rate", "5", "--duration", "60", "--arrivals", "gamma"]
     done = run(app, ["generate", "--out", str(made), *asked, "--lengths", "chat,batch"])
     assert done.exit_code == 0, done.output
-    trace = Trace.from_csv(made)
+    trace = read_trace([made])
     assert trace.model_names == ("a", "b", "c")
     assert trace.duration_s == 60
     done = run(app, ["describe", str(made), "--plot", str(page)])
@@ -82,13 +83,13 @@ def test_generate_describe_fit(tmp_path):
     assert '<script src="http' not in html
     done = run(app, ["fit", str(made), "--models", "x,y", "--rate", "2", "--out", str(fitted)])
     assert done.exit_code == 0, done.output
-    assert Trace.from_csv(fitted).rate_per_s == pytest.approx(2)
+    assert read_trace([fitted]).rate_per_s == pytest.approx(2)
     assert "time dilation" in done.output
     short = ["fit", str(made), "--models", "x,y", "--longest", "500", "--out", str(fitted)]
     done = run(app, short)
     assert done.exit_code == 0, done.output
     assert "over the limit of 500 tokens" in done.output
-    assert Trace.from_csv(fitted).tokens.max() <= 500 < trace.tokens.max()
+    assert read_trace([fitted]).tokens.max() <= 500 < trace.tokens.max()
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_bad_specifications_are_refused(sections):
 
 
 def test_unknown_family_suggests_the_nearest():
-    with pytest.raises(InputError, match="chat"):
+    with pytest.raises(ValidationError, match="did you mean 'chat'"):
         spec(lengths={"family": "chatt"})
 
 

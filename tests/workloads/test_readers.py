@@ -127,6 +127,18 @@ def test_own_csv_without_our_comment(write):
     assert trace.batch_work.tolist() == [True, False]
 
 
+def test_a_file_that_ends_later_than_another_says_counts(write):
+    told = '# {"duration_s": 2.0}\n' + OWN
+    later = "arrival_s,model,prompt_tokens,output_tokens\n0,b,1,1\n60,c,1,1\n"
+    assert read_trace([write(told)]).duration_s == 2
+    for text in (later, '# {"duration_s": 90.0}\n' + later):
+        for files in ((told, text), (text, told)):
+            paths = [write(content, f"{k}.csv") for k, content in enumerate(files)]
+            trace = read_trace(paths)
+            assert len(trace) == 4
+            assert trace.duration_s == (90 if "90" in text else 60 + 60 / 3)
+
+
 def test_a_byte_order_mark_and_crlf_do_not_matter(write):
     trace = read_trace([write("\ufeff" + AZURE.replace("\n", "\r\n"))])
     assert len(trace) == 3

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrl.errors import InputError
+from mmrl.workloads.readers import read_trace
 from mmrl.workloads.trace import ARRAY_TYPES, Trace
 
 
@@ -114,7 +115,7 @@ def test_our_csv_comes_back_exactly(tmp_path_factory, rows, fleet, notes, more_s
     trace = Trace(*arrays, tuple(fleet), 1e7 + more_s, tuple(notes))
     path = tmp_path_factory.mktemp("trace") / "trace.csv"
     trace.to_csv(path)
-    assert_same(Trace.from_csv(path), trace)
+    assert_same(read_trace([path]), trace)
 
 
 def test_csv_by_hand(tmp_path):

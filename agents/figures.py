@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from mmrl.pages import Plot, plot_json
 
-LEARNED = ("#2f7de1", "#7a5af8", "#0e9384", "#3538cd", "#06aed4", "#9e77ed")
-LIVE = ("#d92d8a", "#a11d66", "#ee6ab0")
+LEARNED = ("#2f7de1", "#7a5af8", "#0e9384", "#5560e0", "#06aed4", "#9e77ed")
+LIVE = ("#d92d8a", "#b83280", "#ee6ab0")
 STEP0 = "#7fb2ef"
 RULES = {
     "slack": "#e8710a",
-    "slack@tuned": "#f5a524",
+    "slack-goodput": "#f5a524",
+    "partial": "#5aa9a3",
     "gdsf": "#3a9d5d",
     "lru": "#8fbf4d",
     "full-swap": "#c2483d",
@@ -23,7 +24,8 @@ RULES = {
     "idle-cost": "#a08c5b",
     "setup-index": "#7d8794",
 }
-OTHER = ("#5aa9a3", "#b5838d", "#6d83c9", "#bf9b30")
+TUNING = {"@tuned": "dash", " (once)": "dashdot", " (cell)": "longdash"}  # of a rule, by its name
+OTHER = ("#b5838d", "#6d83c9", "#bf9b30")
 DASHES = ("solid", "dash", "dashdot", "longdash")
 
 
@@ -46,8 +48,10 @@ def policy_styles(policies: Iterable[tuple[str, str]]) -> dict[str, Style]:
     for name, kind in policies:
         if name in styles:
             continue
-        if kind == "rule" and name in RULES:
-            styles[name] = Style(RULES[name], "solid")
+        tuning = next((ending for ending in TUNING if name.endswith(ending)), "")
+        rule = name.removesuffix(tuning)
+        if kind == "rule" and rule in RULES:
+            styles[name] = Style(RULES[rule], TUNING.get(tuning, "solid"))
         elif kind == "step0":
             styles[name] = Style(STEP0, "dot")
         else:

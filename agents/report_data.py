@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmrl.agents.contenders import CHAMPION, is_run
+from mmrl.agents.export import DEFAULT
 from mmrl.agents.figures import policy_styles
 from mmrl.agents.headline import CHALLENGERS
 from mmrl.agents.report_suite import is_suite, read_suite
@@ -43,7 +44,7 @@ METRICS = (
 )
 LINK = ("load", "stream", "kv_save", "kv_restore")
 QUANTILES = (0, 0.01, 0.02, *np.linspace(0.05, 0.95, 19).round(2), 0.98, 0.99, 0.995, 1)
-LOG = "metrics.csv"  # as in mmrl.agents.runs, without torch
+CONFIG, LOG = "config.json", "metrics.csv"  # as in mmrl.agents.runs, without torch
 SHOWN = 8  # policies that figures show at first, and runs
 POINTS = 160  # of a training curve
 RECORDED = ("models", "end_s", "spans", "times_s", "waiting", "queues", "decisions")
@@ -56,7 +57,7 @@ CURVES = (  # title, unit, scalar of metrics.csv, the same of the prior rule, fa
     ("Goodput, training episodes", "%", "serving/goodput", "", 100),
     ("Decisions as the rule suggests", "%", "decisions/as_suggested", "", 100),
     ("Entropy of decisions", "nats", "train/entropy_loss", "", -1),
-    ("Explained variance of the critic", "1", "train/explained_variance", "", 1),
+    ("Explained variance of the critic", "share", "train/explained_variance", "", 1),
 )
 
 
@@ -106,7 +107,7 @@ class Report:
         self.material = material
         self.places = _places(material)
         self.policies = _policies(material)
-        self._parts: dict[Path, tuple[Groups, Groups]] = {}
+        self._parts: dict[Path, list[Groups]] = {}
         self._number = {identity: k for k, (_, _, identity) in enumerate(self.policies)}
 
     @property
@@ -133,9 +134,13 @@ class Report:
     def index(self) -> dict[str, Any]:
         """Return what the page reads at once, without the names of files."""
         cells = self._cells()
-        runs = [(run.name, "learned") for run in self.material.runs]
-        styles = policy_styles([*((name, kind) for name, kind, _ in self.policies), *runs])
         by_run = {identity[1]: name for name, kind, identity in self.policies if kind == "learned"}
+        runs = [by_run.get(_real(run), run.name) for run in self.material.runs]
+        # Policies whose training is shown look the same there, and come first; the other runs
+        # stand beside no other policies.
+        trained = [(name, "learned") for name in runs if name in by_run.values()]
+        styles = policy_styles([*trained, *((name, kind) for name, kind, _ in self.policies)])
+        in_training = policy_styles([*trained, *((name, "learned") for name in runs)])
         shown = _shown(self.policies, cells)
         return {
             "policies": [
@@ -149,10 +154,10 @@ class Report:
             "runs": [
                 {
                     "name": run.name,
-                    **styles[by_run.get(_real(run), run.name)]._asdict(),
+                    **in_training[name]._asdict(),
                     "shown": k < SHOWN,
                 }
-                for k, run in enumerate(self.material.runs)
+                for k, (run, name) in enumerate(zip(self.material.runs, runs, strict=True))
             ],
         }
 
@@ -197,7 +202,7 @@ class Report:
                 if (row["load"], numbers[row["policy"]]) not in seen
             }
             seen |= {(load, numbers[name]) for load, name in fresh}
-            episodes, latencies = self._grouped(source, results)
+            episodes, latencies, models = self._grouped(source, results)
             for (load, name), row in fresh.items():
                 key = [load, numbers[name]]
                 verbs = {verb: short(rate) for verb, rate in row["verbs_per_min"].items() if rate}
@@ -208,22 +213,16 @@ class Report:
                 found["latencies"] += [
                     [*key, metric, values] for metric, values in _latencies(latencies.get(group))
                 ]
-            found["models"] += [
-                [
-                    entry["model"],
-                    numbers[entry["policy"]],
-                    entry["requests"],
-                    short(entry["goodput"]),
+                found["models"] += [
+                    [*key, *values] for values in _models(board, load, name, models.get(group))
                 ]
-                for entry in board["models"]
-                if (board["main_load"], entry["policy"]) in fresh
-            ]
         return found
 
-    def _grouped(self, source: Path, results: Results) -> tuple[Groups, Groups]:
-        """Return tables of episodes and latencies in parts, parted once for all boards."""
+    def _grouped(self, source: Path, results: Results) -> list[Groups]:
+        """Return tables of episodes, latencies and models in parts, parted once for all boards."""
         if source not in self._parts:
-            self._parts[source] = _groups(results.episodes), _groups(results.latencies)
+            tables = results.episodes, results.latencies, results.models
+            self._parts[source] = [_groups(table) for table in tables]
         return self._parts[source]
 
     def episodes(self) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
@@ -296,6 +295,19 @@ def curves(run: Path) -> dict[str, list[Any]]:
         values = [[short(factor * value) for value in logged[name]] for name in names]
         found[title] = [logged["step"].tolist(), *values]
     return found
+
+
+def trained_on(run: Path) -> list[str]:
+    """Return the scenarios of a run, as they were named when it began.
+
+    Raises:
+        InputError: Its configuration cannot be read.
+    """
+    path = run / CONFIG
+    try:
+        return [str(name) for name in json.loads(path.read_text("utf-8"))["scenarios"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the configuration of a run", "train again") from error
 
 
 def short(value: float | None) -> float | None:
@@ -411,7 +423,7 @@ def _identity(source: Path, policy: dict[str, Any]) -> Identity:
     if policy["kind"] == "live":
         return policy["name"], str(source)
     place = policy["run"] or policy["path"]
-    return policy["name"], _real(Path(place)) if place else ""
+    return policy["name"], _real(Path(place)) if place and place != DEFAULT else ""
 
 
 def _real(path: Path) -> str:
@@ -443,10 +455,11 @@ def _shown(policies: list[tuple[str, str, Identity]], cells: dict[str, list[Any]
     chosen = {k for k, (name, _, _) in enumerate(policies) if name == CHAMPION} | best
     gains: dict[int, list[float]] = {}
     for policy, difference in zip(cells["policy"], cells["difference"], strict=True):
-        if policies[policy][1] in CHALLENGERS and difference:
-            gains.setdefault(policy, []).append(difference[0])
-    order = sorted(gains, key=lambda policy: -sum(gains[policy]) / len(gains[policy]))
-    chosen |= set(order[: max(1, SHOWN - len(chosen))])
+        if policies[policy][1] in CHALLENGERS:
+            gains.setdefault(policy, []).append(difference[0] if difference else 0.0)
+    # Gains at other places cannot be compared: who played at the most comes first.
+    order = sorted(gains, key=lambda k: (-len(gains[k]), -sum(gains[k]) / len(gains[k])))
+    chosen |= set(order[: max(SHOWN // 2, SHOWN - len(chosen))])
     rules = [k for k, (_, kind, _) in enumerate(policies) if kind == "rule" and k not in chosen]
     return chosen | set(rules[: max(0, SHOWN - len(chosen))])
 
@@ -464,6 +477,23 @@ def _latencies(part: "pd.DataFrame | None") -> Iterable[tuple[str, list[float | 
     for metric, mine in part.groupby("metric", sort=False):
         values = np.interp(QUANTILES, mine["quantile"], mine["value"])
         yield str(metric), [short(value) for value in values.tolist()]
+
+
+def _models(
+    board: dict[str, Any], load: float, policy: str, part: "pd.DataFrame | None"
+) -> list[list[Any]]:
+    """Return name, requests and goodput of each model; the board knows them at its main load."""
+    if load == board["main_load"]:
+        mine = [entry for entry in board["models"] if entry["policy"] == policy]
+        return [[one["model"], one["requests"], short(one["goodput"])] for one in mine]
+    if part is None:
+        return []
+    part = part[part.requests > 0]
+    named = part.model.isin([entry["model"] for entry in board["models"]])
+    names = part.model.where(named, part.model.str.partition("#")[0])  # of a drawn fleet
+    met = (part.goodput * part.requests).groupby(names, sort=False).sum()
+    requests = part.requests.groupby(names, sort=False).sum()
+    return [[name, int(requests[name]), short(met[name] / requests[name])] for name in met.index]
 
 
 def _sorted_goodput(part: "pd.DataFrame | None") -> list[float | None]:

@@ -15,7 +15,6 @@ from mmrl.agents.suite_results import Row, rows_of
 
 SAME = (
     "episodes",
-    "requests",
     "goodput",
     "goodput_worst_model",
     "norm_latency",
@@ -139,6 +138,7 @@ def _rows(cell: Row, mine: dict[str, Row], compared: list[Row], kinds: dict[str,
     for name, figure in mine.items():
         row: Row = {metric: figure.get(metric) for metric in SAME}
         row |= {"board": cell["cell"], "load": cell["load"], "policy": name, "kind": kinds[name]}
+        row["requests"] = round(figure["requests"] * figure["episodes"])  # a mean of episodes
         low, high = figure.get("goodput_low"), figure.get("goodput_high")
         row["goodput_interval"] = None if low is None else [figure["goodput"], low, high]
         row["ttft_p99_s"] = figure.get("all_ttft_p99_s") or figure.get("ttft_p99_s")
@@ -189,7 +189,8 @@ def suite_headline(suite: dict[str, Any]) -> tuple[str, str] | None:
     met = sum(one["met"] is True for one in targets)
     missed = sum(one["met"] is False for one in targets)
     detail = (
-        f"Pooled over {row['cells']} core cells and {row['seeds']} training seeds of benchmark "
+        f"Pooled over {row['cells']} core cells and {row['seeds']} training "
+        f"{'seed' if row['seeds'] == 1 else 'seeds'} of benchmark "
         f"{suite['name']}: difference {points[0]} points of goodput, 95 % interval {points[1]} to "
         f"{points[2]}. Of {len(targets)} targets {met} are met, {missed} missed."
     )

@@ -79,8 +79,9 @@ def verify(
     try:
         data = (folder / EPISODES).read_bytes()
     except OSError as error:
-        remedy = f"it belongs beside {RESULT}"
-        raise InputError(f"{folder / EPISODES}: cannot read: {error}", remedy) from error
+        reason = (error.strerror or str(error)).lower()
+        remedy = f"it belongs beside {RESULT}; without it, play the suite again and compare"
+        raise InputError(f"cannot read {folder / EPISODES}: {reason}", remedy) from error
     if hashlib.sha256(data).hexdigest() != result["episodes_sha256"]:
         problems.append(f"{EPISODES} is not the file that {RESULT} was made from")
     table = pd.read_parquet(folder / EPISODES)

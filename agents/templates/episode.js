@@ -37,7 +37,7 @@ async function showSides() {
   const all = Object.values(playing);
   const end = Math.max(0, ...all.map((recorded) => recorded.end_s));
   element("time").max = end;
-  if (!state.time || state.time > end) state.time = Math.min(...instants().departures, ...instants().actions, end);
+  if (state.time === null || state.time > end) state.time = Math.min(...instants().departures, ...instants().actions, end);
   const scale = { end, waiting: Math.max(1, ...all.flatMap((recorded) => recorded.waiting)),
     queue: Math.max(1, ...all.flatMap((recorded) => (recorded.queues ?? []).flatMap(([, counts]) => counts))) };
   for (const side of SIDES) {
@@ -135,7 +135,7 @@ function marks(recorded) {
       marker: { symbol: what.map(({ verb }) => VERBS[verb][2]), color: "#fff", size: 6, line: { color: "#1c2430", width: 1 } },
       text: what.map(({ text }) => text), hovertemplate: "%{text} at %{x:.2f} s<extra></extra>" },
     { x: ringed.map((k) => time_s[k]), y: ringed.map(lane), mode: "markers", meta: { marks: true },
-      marker: { symbol: "circle-open", color: "#d92d20", size: 13, line: { width: 1.5 } },
+      marker: { symbol: "circle-open", color: "#d92d20", size: 9, line: { width: 1 } },
       text: ringed.map(text), hovertemplate: "%{text}, at %{x:.2f} s<extra></extra>" },
   ];
 }
@@ -197,7 +197,7 @@ function goTo(time) {
   showInstant();
 }
 const after = (times) => Math.min(...times.filter((at) => at > state.time + 1e-6));
-listen("episode", "change", ({ target }) => { Object.assign(state, { episode: Number(target.value), left: null, right: null, time: 0 }); showEpisodes(); });
+listen("episode", "change", ({ target }) => { Object.assign(state, { episode: Number(target.value), left: null, right: null, time: null }); showEpisodes(); });
 for (const side of SIDES) listen(side, "change", ({ target }) => { state[side] = Number(target.value); showSides(); });
 listen("time", "input", ({ target }) => { state.time = Number(target.value); showInstant(); });
 listen("previous", "click", () => goTo(Math.max(...instants().actions.filter((at) => at < state.time - 1e-6))));

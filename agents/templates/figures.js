@@ -32,7 +32,7 @@ const line = (policy) => ({
 /* Policies in the order of drawing: the first one lies on top. */
 const layered = (numbers) => unique(numbers).sort((a, b) => b - a);
 
-/* Which cells may be averaged: those of policies that played everywhere, where most of them did. */
+/* Which cells may be averaged: of policies that all played in the same groups, as many as can be compared. */
 function common(some, keyOf) {
   const groups = new Map();
   for (const cell of some) {
@@ -41,28 +41,26 @@ function common(some, keyOf) {
     const group = groups.get(key);
     group.set(cell.policy, [...(group.get(cell.policy) ?? []), cell]);
   }
-  const most = Math.max(0, ...[...groups.values()].map((group) => group.size));
-  // Of those where equally many played, the ones where the same policies did.
-  const full = [...groups.values()].filter((group) => group.size === most);
-  const who = (group) => [...group.keys()].sort().join();
-  const times = (group) => full.filter((other) => who(other) === who(group)).length;
-  const usual = full.toSorted((a, b) => times(b) - times(a))[0];
-  const same = full.filter((group) => who(group) === who(usual));
-  const kept = [...(usual?.keys() ?? [])];
+  const all = [...groups.values()];
+  const casts = new Map(all.map((group) => [[...group.keys()].sort().join(), [...group.keys()]]));
+  const choices = [...casts.values()].map((kept) => ({ kept, groups: all.filter((group) => kept.every((policy) => group.has(policy))) }));
+  const compared = ({ kept, groups: where }) => (kept.length - 1) * where.length;
+  const { kept, groups: same } = choices.sort((a, b) => compared(b) - compared(a) || b.groups.length - a.groups.length)[0] ?? { kept: [], groups: [] };
   const left = unique(some.map((cell) => cell.policy)).filter((policy) => !kept.includes(policy));
   return { kept, left, groups: same, total: groups.size };
 }
+const HIDDEN = "Who was here is hidden in the list of policies above.";
 /* The mean of independent estimates; half-widths of intervals add in squares. */
 function mean(some, field) {
   const values = some.filter((cell) => cell[field] !== null);
   const middle = values.reduce((sum, cell) => sum + cell[field], 0) / values.length;
   if (field !== "goodput") return [middle];
-  const half = (k) => Math.sqrt(values.reduce((sum, { interval }) => sum + (interval ? (interval[k] - interval[0]) ** 2 : 0), 0)) / values.length;
+  const half = (k) => Math.sqrt(values.reduce((sum, { interval }) => sum + (interval && interval[k] !== null ? (interval[k] - interval[0]) ** 2 : 0), 0)) / values.length;
   return [middle, half(1), half(2)];
 }
-function whereFrom(groups, total, left, noun) {
-  const n = groups.length;
-  const inAll = n === 1 ? "" : `Mean of ${counted(n, noun)}${n < total ? ` of ${total}, those that most policies played` : ""}, taken as independent. `;
+function whereFrom(groups, total, left, noun, only) {
+  const n = groups.length, of = n < total ? ` of ${total}, where the same policies played` : "";
+  const inAll = n === 1 ? `${only}${of && ` (1${of})`}. ` : `Mean of ${number(n, 0)} ${noun}${of}, taken as independent. `;
   const without = left.length ? ` Without ${left.slice(0, 3).map((k) => policies[k].name).join(", ")}${left.length > 3 ? ` and ${left.length - 3} more` : ""}: not played there.` : "";
   return [inAll, without];
 }
@@ -73,7 +71,7 @@ function loadCurves(some) {
   const several = perPlace.filter(([, loads]) => loads.length > 1);
   if (!several.length) {
     return { title: heading, about: "Needs results at several loads.", data: [],
-      empty: state.load === "" ? "Evaluate with --loads 0.5,0.8,1,1.3 for a curve." : "Choose all loads for a curve." };
+      empty: !some.length ? HIDDEN : state.load === "" ? "Evaluate with --loads 0.5,0.8,1,1.3 for a curve." : "Choose all loads for a curve." };
   }
   const grids = several.map(([, loads]) => loads.join());
   const grid = grids.toSorted((a, b) => grids.filter((g) => g === b).length - grids.filter((g) => g === a).length)[0];
@@ -90,11 +88,10 @@ function loadCurves(some) {
       hovertemplate: "%{y:.1f} % at load %{x}<extra>%{fullData.name}</extra>",
     };
   });
-  const names = groups.map((group) => places[[...group.values()][0][0].place].name);
-  const [inAll, without] = whereFrom(groups, perPlace.length, left, "place");
+  const [inAll, without] = whereFrom(groups, perPlace.length, left, "places", places[[...groups[0].values()][0][0].place].name);
   return {
     title: heading, data,
-    about: `${names.length === 1 ? `${names[0]}. ` : inAll}Mean with 95 % interval, ${counted(count, "episode")} a policy.${without}`,
+    about: `${inAll}Mean with 95 % interval, ${counted(count, "episode")} a policy.${without}`,
     layout: { xaxis: { ...title("load (1: the slack rule reaches 90 %)"), tickvals: loads }, yaxis: title("goodput, %") },
   };
 }
@@ -115,24 +112,25 @@ function pareto(some, cost) {
     { x: front.map((mark) => mark.x), y: front.map((mark) => mark.y), mode: "lines", hoverinfo: "skip",
       line: { color: "#8a94a3", width: 1, dash: "dot", shape: "hv" } },
     ...marks.map((mark) => ({
-      ...line(policies[mark.policy]), x: [mark.x], y: [mark.y], mode: "markers", marker: { color: policies[mark.policy].colour, size: 10, symbol: SYMBOLS[policies[mark.policy].kind] },
+      ...line(policies[mark.policy]), x: [mark.x], y: [mark.y], mode: "markers", marker: { color: policies[mark.policy].colour, size: 10, symbol: SYMBOLS[policies[mark.policy].kind] ?? TUNED[policies[mark.policy].dash] },
       error_y: { type: "data", array: [mark.up], arrayminus: [mark.down], thickness: 1, width: 3, color: policies[mark.policy].colour },
       hovertemplate: `%{y:.1f} %, %{x:.3g} ${unit}<extra>%{fullData.name}</extra>`,
     }))] : [];
-  const first = groups.length === 1 ? [...groups[0].values()][0][0] : null;
-  const [inAll, without] = whereFrom(groups, total, left, "place and load");
+  const first = groups.length ? [...groups[0].values()][0][0] : null;
+  const [inAll, without] = whereFrom(groups, total, left, "places and loads", first && `${places[first.place].name}, load ${first.load}`);
   return {
-    title: heading, data,
-    about: `${first ? `${places[first.place].name}, load ${first.load}. ` : inAll.replace("place and loads", "places and loads")}`
-      + `Up and left is better; dotted: nobody shown is better in both. 95 % intervals, ${counted(count, "episode")} a policy.${without}`,
+    title: heading, data, empty: some.length ? "Nobody shown has it." : HIDDEN,
+    about: `${inAll}Up and left is better; dotted: nobody shown is better in both. 95 % intervals, ${counted(count, "episode")} a policy.${without}`,
     layout: { xaxis: { ...title(unit), ...(spread > 30 ? { type: "log", nticks: 5 } : { rangemode: "tozero" }) }, yaxis: title("goodput, %") },
   };
 }
-const SYMBOLS = { learned: "circle", live: "star", step0: "circle-open", rule: "diamond", bound: "cross" };
+const SYMBOLS = { learned: "circle", live: "star", step0: "circle-open", bound: "cross" };
+const TUNED = { solid: "diamond", dash: "diamond-tall", dashdot: "diamond-open", longdash: "diamond-wide" }; // rules
 
 function profile(detail, load, shown, rows) {
   let lowest = 1, count = 0;
-  const mine = detail.goodput.filter(([at, policy, values]) => at === load && shown.includes(policy) && values.length);
+  const all = detail.goodput.filter(([at, , values]) => at === load && values.length);
+  const mine = all.filter(([, policy]) => shown.includes(policy));
   const data = mine.sort((a, b) => b[1] - a[1]).map(([, policy, values]) => {
     lowest = Math.min(lowest, values[0]);
     count = Math.max(count, values.length);
@@ -141,7 +139,7 @@ function profile(detail, load, shown, rows) {
       mode: "lines", line: { ...line(policies[policy]).line, shape: "hv" }, hovertemplate: "%{y:.0f} % above %{x:.1f} %<extra>%{fullData.name}</extra>" };
   });
   return {
-    title: "Performance profile", data, empty: "These results hold no single episodes.",
+    title: "Performance profile", data, empty: all.length ? HIDDEN : "These results hold no single episodes.",
     about: `Share of ${counted(count || Math.max(...rows.map((row) => row.episodes)), "episode")} with more goodput than on the axis; to the right is better.`,
     layout: { xaxis: { ...title("goodput, %"), range: [100 * Math.max(0, lowest - 0.02), 100.2] }, yaxis: { ...title("episodes above, %"), range: [0, 101] } },
   };
@@ -149,14 +147,15 @@ function profile(detail, load, shown, rows) {
 
 function latencies(metric, detail, load, shown, rows) {
   const [heading, unit] = LATENCIES[metric];
-  const mine = detail.latencies.filter(([at, policy, name]) => at === load && shown.includes(policy) && name === metric);
+  const known = detail.latencies.filter(([at, , name]) => at === load && name === metric);
+  const mine = known.filter(([, policy]) => shown.includes(policy));
   const y = detail.quantiles.map((q) => 100 * q);
   const all = mine.flatMap(([, , , values]) => values.slice(1)).map((value) => Math.max(value, 1e-3));
   const low = Math.log10(Math.min(...all)), high = Math.log10(Math.max(...all));
   const ticks = [];
   for (let k = Math.floor(low) - 1; k <= high + 1; k++) for (const m of high - low < 2.5 ? [1, 2, 5] : [1]) ticks.push(m * 10 ** k);
   return {
-    title: heading, empty: "These results hold no latencies of this kind.",
+    title: heading, empty: known.length ? HIDDEN : "These results hold no latencies of this kind.",
     about: `Share of requests at or below; all ${counted(Math.max(...rows.map((row) => row.requests)), "request")} of ${counted(Math.max(...rows.map((row) => row.episodes)), "episode")}. To the left is better.`,
     data: mine.sort((a, b) => b[1] - a[1]).map(([, policy, , values]) => ({
       ...line(policies[policy]), x: values.map((value) => Math.max(value, 1e-4)), y, mode: "lines",
@@ -187,7 +186,7 @@ function decisionMix(detail, load, shown, rows) {
     hovertemplate: "%{y}: %{x:.1f} a minute<extra>%{fullData.name}</extra>",
   }));
   return { title: "Decisions", about: `Mean of ${counted(Math.max(...rows.map((row) => row.episodes)), "episode")}; waiting is left out.`,
-    data, height: 120 + 26 * mine.length, layout: barsOf("decisions per minute") };
+    data, empty: mine.length ? "These results hold no decisions." : HIDDEN, height: 120 + 26 * mine.length, layout: barsOf("decisions per minute") };
 }
 function movedBytes(detail, load, shown, rows) {
   const mine = ranked(detail, load, shown, rows);
@@ -197,7 +196,7 @@ function movedBytes(detail, load, shown, rows) {
     hovertemplate: "%{y}: %{x:.1f} GB a minute<extra>%{fullData.name}</extra>",
   }]);
   return { title: "Bytes over the link", about: `Mean of ${counted(Math.max(...rows.map((row) => row.episodes)), "episode")}, host to device and back.`,
-    data, height: 120 + 26 * mine.length, layout: barsOf("GB per minute") };
+    data, empty: mine.length ? "Nothing was moved." : HIDDEN, height: 120 + 26 * mine.length, layout: barsOf("GB per minute") };
 }
 
 async function learning(heading, unit, shown) {
@@ -208,6 +207,8 @@ async function learning(heading, unit, shown) {
     { x: steps, y: values, name: runs[k].name, line: { color: runs[k].colour, width: 2, dash: runs[k].dash }, marker: { size: 4 },
       mode: steps.length < 30 ? "lines+markers" : "lines", hovertemplate: "%{y:.4g} at %{x:,} steps<extra>%{fullData.name}</extra>" },
   ]);
+  const lengths = mine.map(([, [steps]]) => steps.at(-1));
+  const apart = Math.max(...lengths) > 5 * Math.min(...lengths); // short runs would be a smear
   return { title: heading, about: `${counted(mine.length, "run")}, one training seed each.`, data, empty: "None of these runs has logged it.",
-    layout: { xaxis: { ...title("decisions in training"), nticks: 5 }, yaxis: { ...title(unit), nticks: 6 } } };
+    layout: { xaxis: { ...title("decisions in training"), ...(apart ? { type: "log", dtick: 1 } : { type: "linear", nticks: 5 }) }, yaxis: { ...title(unit), nticks: 6 } } };
 }

@@ -11,7 +11,7 @@ const state = {
   platform: "", family: "", load: "", place: 0, placeLoad: "", all: false, seeds: false, everyone: false,
   shown: policies.flatMap((policy, k) => (policy.shown ? [k] : [])),
   runs: runs.flatMap((run, k) => (run.shown ? [k] : [])),
-  episode: 0, left: null, right: null, time: 0,
+  episode: 0, left: null, right: null, time: null,
 };
 
 /* Small things. */
@@ -85,8 +85,8 @@ function figure(parent, id, build, height = 320) {
     inView.observe(node);
   }
   const known = drawn.get(node);
-  Object.assign(known, { build, stale: true });
-  known.plot.style.height = `${height}px`;
+  if (!known.plot.querySelector(".empty")) known.plot.style.height = `${height}px`;
+  Object.assign(known, { build, height, stale: true });
   paint(known);
   return node;
 }
@@ -97,18 +97,19 @@ async function paint(known) {
   try {
     made = await known.build();
   } catch (error) {
-    made = { title: known.title.textContent, about: error.message, data: [] };
+    made = { title: known.title.textContent, about: "", empty: error.message, data: [] };
   }
   if (known.stale) return paint(known); // changed meanwhile
   known.title.textContent = made.title;
-  known.about.textContent = made.about;
-  known.plot.setAttribute("aria-label", `${made.title}. ${made.about}`);
+  known.about.textContent = made.data.length ? made.about : "";
+  known.plot.setAttribute("aria-label", `${made.title}. ${known.about.textContent}`);
   if (!made.data.length) {
     window.Plotly.purge(known.plot);
+    known.plot.style.height = "";
     return known.plot.replaceChildren(make("p", { class: "empty" }, made.empty ?? "Nothing to show for this choice."));
   }
   known.plot.querySelector(".empty")?.remove();
-  if (made.height) known.plot.style.height = `${made.height}px`;
+  known.plot.style.height = `${made.height ?? known.height}px`;
   await window.Plotly.react(known.plot, made.data, completed(made.layout), { displayModeBar: false, responsive: true });
   made.after?.(known.plot);
 }
@@ -129,26 +130,29 @@ function showFilters() {
   options(element("family"), same(unique(places.map((place) => place.family)).sort()), state.family, "all");
   options(element("load"), same(loadsOf(cells)), state.load, "all");
   const some = chosen(), where = unique(some.map((cell) => cell.place)).length;
-  element("count").textContent = `${where} of ${places.length} ${places.length === 1 ? "place" : "places"}, `
-    + `${unique(some.map((cell) => cell.policy)).length} policies`;
+  const who = unique(some.map((cell) => cell.policy)).length;
+  element("count").textContent = !where ? "Nothing was played there: choose otherwise."
+    : `${where} of ${counted(places.length, "place")}, ${who} ${who === 1 ? "policy" : "policies"}`;
 }
 
 /* Intervals as pictures; what loses by far would flatten the others: the middle of all decides. */
 function reachOf(intervals) {
-  const ends = intervals.map(([, low, high]) => Math.max(Math.abs(low), Math.abs(high))).sort((a, b) => a - b);
+  const ends = intervals.map((values) => Math.max(...values.map(Math.abs))).sort((a, b) => a - b);
   return ends.length ? Math.max(1.5 * ends[Math.floor(ends.length / 2)], 0.005) : 0.01;
 }
 function versus(interval, reach) {
   if (!interval) return [make("td", { class: "versus" }), make("td", { class: "interval" })];
   const x = (value) => Math.max(-48, Math.min(48, 48 * value / reach)).toFixed(1);
   const [middle, low, high] = interval;
-  const mark = Math.abs(middle) <= reach ? make("circle", { cx: x(middle), cy: 0, r: 3.2 })
+  const mark = Math.abs(middle) <= reach ? make("circle", { cx: x(middle), cy: 0, r: 2.6 })
     : make("path", { d: "M4-4L-2 0L4 4Z", transform: `translate(${x(middle)})${middle > 0 ? " scale(-1)" : ""}` });
   const picture = make("svg", { class: "whisker", viewBox: "-50 -8 100 16", "aria-hidden": "true" },
     make("line", { class: "zero", x1: 0, y1: -8, x2: 0, y2: 8 }),
-    make("line", { x1: x(low), y1: 0, x2: x(high), y2: 0 }), mark);
+    ...(low === null || x(low) === x(high) ? [] : [make("path", { d: `M${x(low)} 0H${x(high)}M${x(low)}-5V5M${x(high)}-5V5` })]), mark);
   return [make("td", { class: "versus" }, picture), make("td", { class: "interval" },
-    make("b", { class: verdict(interval) }, points(middle)), make("span", {}, `${points(low)} to ${points(high)}`))];
+    make("b", { class: verdict(interval) }, points(middle)),
+    make("span", {}, ...(low === null ? ["too few episodes"]
+      : [make("span", {}, points(low)), " to ", make("span", {}, points(high))])))];
 }
 const heads = (...names) => make("tr", {}, ...names.map((name) => name instanceof Node ? name : make("th", {}, name)));
 const head = (text, attributes) => make("th", attributes, text);
@@ -166,11 +170,15 @@ function showVerdicts() {
     const best = spot.filter((cell) => cell.best);
     return challengers.length ? challengers.sort((a, b) => b.goodput - a.goodput) : best;
   });
-  const reach = reachOf(rows.flatMap((cell) => (cell.difference ? [cell.difference] : [])));
   const shown = state.all ? rows : rows.slice(0, FIRST_VERDICTS);
+  const reach = reachOf(shown.flatMap((cell) => (cell.difference ? [cell.difference] : [])));
   const body = shown.map((cell) => {
     const place = places[cell.place], kind = policies[cell.policy].kind;
-    const link = make("a", { href: "#place-title", "data-place": cell.place, "data-load": cell.load }, place.name);
+    const link = make("a", { href: "#place-title" }, place.name);
+    link.onclick = (happened) => {
+      happened.preventDefault(); // the address keeps the choice
+      goToPlace(cell);
+    };
     const rule = some.find((other) => other.place === cell.place && other.load === cell.load && other.policy === cell.versus);
     return make("tr", {}, make("th", {}, link), make("td", {}, number(cell.load, 1)),
       make("td", { class: "name" }, ...named(cell.policy)), make("td", { class: "extra" }, share(cell.goodput)),
@@ -179,6 +187,7 @@ function showVerdicts() {
         : [...versus(cell.difference, reach), make("td", { class: "name" }, ...named(cell.versus)), make("td", { class: "extra" }, rule ? share(rule.goodput) : "–")]),
       make("td", { class: "extra" }, pValue(cell.p)), make("td", {}, number(cell.episodes, 0)));
   });
+  element("verdicts").closest("section").hidden = !rows.length;
   element("verdicts").replaceChildren(make("thead", {},
     heads("Place", "Load", head("Policy", { class: "name" }), head("Goodput", { class: "extra" }), head("Against the best rule, points", { class: "versus", colspan: 2 }),
       head("Best rule", { class: "name" }), head("Goodput", { class: "extra" }), head("p", { class: "extra", title: "sign-flip test, adjusted for all comparisons of an evaluation (Holm)" }), "Episodes"),
@@ -193,8 +202,10 @@ function showVerdicts() {
 /* What a frozen benchmark says over several cells: training seeds together, or each of them too. */
 function showPools() {
   index.suites.forEach(({ pools }, k) => {
-    const fitting = pools.filter((row) => (!state.platform || !row.platform || row.platform === state.platform)
-      && (state.load === "" || row.load === null || row.load === Number(state.load)));
+    // A pool that holds other cells too says nothing of the choice alone.
+    const fitting = state.family ? [] : pools.filter((row) => (!state.platform || row.platform === state.platform)
+      && (state.load === "" || row.load === Number(state.load)));
+    element(`pools-${k}`).closest("section").hidden = !fitting.length;
     const rows = fitting.filter((row) => state.seeds || !row.is_member).sort((a, b) => b.seeds - a.seeds);
     const reach = Math.max(0.005, ...rows.flatMap((row) => [Math.abs(row.goodput_low), Math.abs(row.goodput_high)]));
     element(`pools-${k}`).replaceChildren(make("thead", {},
@@ -254,8 +265,9 @@ function showFigures() {
 /* One place. */
 const placeCells = () => cells.filter((cell) => cell.place === state.place && cell.load === Number(state.placeLoad));
 function showPlace() {
-  const open = places.map((_, k) => k).filter((k) => fits(places[k]));
-  if (!open.includes(state.place)) state.place = open[0] ?? 0;
+  const open = unique(chosen().map((cell) => cell.place));
+  if (!open.length) return;
+  if (!open.includes(state.place)) state.place = open[0];
   const place = places[state.place];
   const loads = loadsOf(cells.filter((cell) => cell.place === state.place));
   if (!loads.includes(Number(state.placeLoad)) || state.placeLoad === "") {
@@ -265,11 +277,11 @@ function showPlace() {
   options(element("place-load"), same(loads), state.placeLoad);
   const rows = placeCells();
   const most = Math.max(...rows.map((cell) => cell.episodes));
-  element("place-about").textContent = `${place.name}: ${number(most, 0)} ${place.source}, load ${state.placeLoad}, `
+  const source = most === 1 ? place.source.replace(/(window|episode)s/, "$1") : place.source;
+  element("place-about").textContent = `${place.name}: ${number(most, 0)} ${source}, load ${state.placeLoad}, `
     + `on ${place.platform}, ${place.family}; ${number(Math.max(...rows.map((cell) => cell.requests)), 0)} requests a policy.`;
   element("place-notes").replaceChildren(...place.notes.map((note) => make("p", { class: "note" }, note)));
   showPolicies(rows);
-  showModels();
   showPlaceFigures();
 }
 const COLUMNS = [ // field, heading, unit, digits, what it is
@@ -303,14 +315,16 @@ async function showModels() {
   const name = places[state.place].file;
   const { models } = await load(name).catch(() => ({ models: [] }));
   if (places[state.place].file !== name) return;
-  const main = cells.filter((cell) => cell.place === state.place && cell.load === places[state.place].main_load && state.shown.includes(cell.policy))
-    .sort((a, b) => (b.goodput ?? 0) - (a.goodput ?? 0)).map((cell) => cell.policy);
-  const found = new Map(models.map(([model, policy, , goodput]) => [`${model}|${policy}`, goodput]));
-  element("models-title").hidden = !models.length;
-  element("models").replaceChildren(...(models.length ? [make("thead", {}, heads("Model", "Requests", ...main.map((k) => policies[k].name))),
-    make("tbody", {}, ...unique(models.map(([model]) => model)).map((model) => make("tr", {}, make("th", {}, model),
-      make("td", {}, number(Math.max(...models.filter((row) => row[0] === model).map((row) => row[2])), 0)),
-      ...main.map((k) => {
+  const mine = models.filter(([at, policy]) => at === Number(state.placeLoad) && state.shown.includes(policy));
+  const found = new Map(mine.map(([, policy, model, , goodput]) => [`${model}|${policy}`, goodput]));
+  const order = placeCells().sort((a, b) => (b.goodput ?? 0) - (a.goodput ?? 0)).map((cell) => cell.policy);
+  const columns = order.filter((k) => mine.some(([, policy]) => policy === k));
+  element("models-title").hidden = !mine.length;
+  element("models-title").textContent = `Goodput of each model at load ${state.placeLoad}, %`;
+  element("models").replaceChildren(...(mine.length ? [make("thead", {}, heads("Model", "Requests", ...columns.map((k) => policies[k].name))),
+    make("tbody", {}, ...unique(mine.map((row) => row[2])).map((model) => make("tr", {}, make("th", {}, model),
+      make("td", {}, number(Math.max(...mine.filter((row) => row[2] === model).map((row) => row[3])), 0)),
+      ...columns.map((k) => {
         const goodput = found.get(`${model}|${k}`);
         const heat = goodput === undefined ? null : `--heat:${Math.max(0, Math.min(1, 2 * (1 - goodput))).toFixed(3)}`;
         return make("td", { style: heat }, share(goodput ?? null));
@@ -320,6 +334,7 @@ function showPlaceFigures() {
   const place = places[state.place], at = Number(state.placeLoad);
   const with_ = (build) => async () => build(await load(place.file), at, state.shown, placeCells());
   const metrics = Object.keys(LATENCIES);
+  showModels();
   figure(element("distributions"), "profile", with_(profile));
   for (const metric of metrics) figure(element("distributions"), metric, with_((...all) => latencies(metric, ...all)));
   figure(element("work"), "decisions", with_(decisionMix));
@@ -350,6 +365,7 @@ function recall() {
 }
 function showAll() {
   showFilters();
+  element("fitting").hidden = !chosen().length;
   showPools();
   showVerdicts();
   showLegend();
@@ -365,16 +381,16 @@ for (const id of ["platform", "family", "load"]) {
 listen("place", "change", ({ target }) => { state.place = Number(target.value); state.placeLoad = ""; showPlace(); });
 listen("place-load", "change", ({ target }) => { state.placeLoad = target.value; showPlace(); });
 listen("all-verdicts", "click", () => { state.all = !state.all; showVerdicts(); });
-listen("verdicts", "click", (happened) => {
-  const link = happened.target.closest("a[data-place]");
-  if (!link) return;
-  happened.preventDefault(); // the address keeps the choice
-  state.place = Number(link.dataset.place);
-  state.placeLoad = link.dataset.load;
+function goToPlace({ place, load, policy, versus }) {
+  Object.assign(state, { place, placeLoad: String(load), shown: unique([...state.shown, policy, ...(versus === null ? [] : [versus])]) });
+  showLegend();
   showPlace();
+  showFigures();
+  remember();
+  document.documentElement.style.scrollPaddingTop = `${element("legend").offsetHeight + 8}px`; // it stays above
   element("place-title").scrollIntoView();
   element("place").focus({ preventScroll: true });
-});
+}
 document.addEventListener("submit", (happened) => happened.preventDefault());
 
 /* Where `mmrl report --serve` serves this page, it says which build is the newest. */

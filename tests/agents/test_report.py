@@ -158,6 +158,31 @@ def test_evaluations_of_the_same_arrivals_are_one_place(run, tmp_path):
     assert names == ["tiny (evaluation)", "tiny (again)"]
 
 
+def test_the_shipped_policy_is_one_wherever_the_report_is_made(run, tmp_path):
+    text = (run / "evaluation" / "summary.json").read_text().replace('"mine"', '"default"')
+    for k, path in enumerate(("default", None)):  # of an evaluation, and of a benchmark
+        summary = json.loads(text)
+        mine = next(one for one in summary["policies"] if one["name"] == "default")
+        mine |= {"path": path, "run": None}
+        (tmp_path / f"{k}.json").write_text(json.dumps(summary))
+    report = Report(gather([tmp_path / "0.json", tmp_path / "1.json"]))
+    names = [name for name, kind, _ in report.policies if kind == "learned"]
+    assert names == ["default"]
+
+
+def test_models_at_a_load_are_those_that_were_played_there(run, files, index):
+    detail = content(files[index["places"][0]["file"]])[1]
+    table = Results.read(run / "evaluation").models
+    for load, policy, model, requests, goodput in detail["models"]:
+        name = index["policies"][policy]["name"]
+        mine = table[(table.load == load) & (table.policy == name) & (table.model == model)]
+        mine = mine[mine.requests > 0]
+        assert requests == mine.requests.sum()
+        met = (mine.goodput * mine.requests).sum()
+        assert goodput == pytest.approx(met / requests, rel=1e-3)
+    assert {row[0] for row in detail["models"]} == {0.5, 1.0}
+
+
 def test_a_summary_alone_is_a_source(run, tmp_path):
     shutil.copy(run / "evaluation" / "summary.json", tmp_path / "kept.json")
     found = render(gather([tmp_path / "kept.json"]))

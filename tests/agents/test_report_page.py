@@ -93,12 +93,13 @@ def test_it_opens_from_disk_and_draws_everything(browser: Browser, page: Path) -
     )
     plots = "[...document.querySelectorAll('.plot')]"
     assert browser.run(f"{plots}.filter((p) => p.data?.length).length") >= 14
-    for figure in texts(browser, "figcaption"):
+    for figure in texts(browser, "figure:not(:has(.empty)) figcaption"):
         title, _, about = figure.partition("\n")
         assert title and any(word in about for word in ("episode", "run")), figure
     assert all(address.startswith(("file:", "data:", "about:")) for address in browser.requested)
     assert browser.complaints == []
     assert len(rows(browser, "verdicts")) == 4 and "mine" in rows(browser, "verdicts")[0]
+    assert "too few episodes" in rows(browser, "verdicts")[0]  # three, to say who wins
     assert browser.run("document.querySelectorAll('#verdicts i').length") == 8  # colours, no markup
     for width, dark in ((1500, True), (390, False)):
         browser.size(width, 900, dark)
@@ -136,14 +137,48 @@ def test_filters_leave_what_fits_and_the_choice_survives_a_reload(
 @in_browser
 def test_a_row_leads_to_its_place(browser: Browser, page: Path) -> None:
     opened(browser, page)
+    hidden = "document.querySelector('#legend [data-name=mine]')"
+    browser.run(f"{hidden}.click()")
     links = "[...document.querySelectorAll('#verdicts a')]"
-    wanted = "a.innerText.includes('other') && a.dataset.load === '0.5'"
+    wanted = "a.innerText.includes('other') && a.closest('tr').cells[1].innerText === '0.5'"
     browser.run(f"{links}.find((a) => {wanted}).click()")
+    assert browser.run(f"{hidden}.getAttribute('aria-pressed')") == "true"  # the row is about it
+    below = "document.querySelector('#legend').getBoundingClientRect().bottom"
+    top = "document.querySelector('#place-title').getBoundingClientRect().top"
+    assert browser.run(f"{top} >= {below}")
     assert "<i>other</i>" in browser.run("document.querySelector('#place-about').innerText")
     assert browser.run("document.querySelector('#place-load').value") == "0.5"
     assert len(rows(browser, "policies")) == 4
     browser.until("document.querySelectorAll('#models tbody tr').length === 3")
     figure_is(browser, "ttft_s", "plot.data.length === 4")
+    title = "document.querySelector('#models-title').innerText"
+    assert "at load 0.5" in browser.run(title)
+    models = rows(browser, "models")
+    choose(browser, "place-load", "1")
+    browser.until(f"{title}.includes('at load 1')")
+    assert len(rows(browser, "models")) == 3 and rows(browser, "models") != models
+    assert browser.run("document.querySelectorAll('#models thead th').length") == 6
+    browser.run("document.querySelector('#legend [data-name=lru]').click()")
+    browser.until("document.querySelectorAll('#models thead th').length === 5")
+
+
+@in_browser
+def test_an_empty_choice_is_said_to_be_empty(browser: Browser, page: Path) -> None:
+    opened(browser, page)
+    choose(browser, "platform", "elsewhere")
+    families = browser.run("[...document.querySelector('#family').options].map((o) => o.value)")
+    choose(browser, "family", next(name for name in families if name not in ("", "code")))
+    assert "Nothing was played there" in browser.run("document.querySelector('#count').innerText")
+    assert not browser.run("document.querySelector('#fitting').checkVisibility()")
+    choose(browser, "platform", "")
+    assert "1 of 2 places" in browser.run("document.querySelector('#count').innerText")
+    assert browser.run("document.querySelector('#fitting').checkVisibility()")
+    for name in ("mine", "mine step 0", "slack", "lru"):
+        browser.run(f"document.querySelector('#legend [data-name={json.dumps(name)}]').click()")
+    profile = "document.querySelector('[data-figure=profile]')"
+    browser.run(f"{profile}.scrollIntoView()")
+    browser.until(f"{profile}.innerText.includes('is hidden in the list')")
+    assert browser.complaints == []
 
 
 @in_browser

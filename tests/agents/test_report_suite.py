@@ -38,6 +38,7 @@ def result(tmp_path: Path) -> Path:
     pool |= {"goodput": 0.04, "goodput_low": 0.03, "goodput_high": 0.05, "p": 0.001}
     pool |= {"goodput_reference": 0.82, "stronger": True, "reference": "cell"}
     target = {"policy": "ppo", "target": "wins pooled", "met": True, "detail": "<b>+4.0</b>"}
+    target |= {"value": 0.04, "low": 0.03, "high": 0.05, "limit": 0.0}
     found = {
         "format": 1, "suite": "v1", "complete": False, "episodes": 300,
         "bootstrap": {"seed": 0}, "code_hash": "", "suite_hash": "",
@@ -74,6 +75,7 @@ def test_seeds_together_are_held_against_the_stronger_comparator(result: Path) -
     assert not [name for name in rows if name.startswith("ppo ")]  # they stand in the pools
     assert rows["ppo"]["goodput"] == pytest.approx(0.86)  # the mean of its seeds
     assert (rows["ppo"]["episodes"], rows["ppo"]["loads_per_s"]) == (300, 0.2)
+    assert rows["ppo"]["requests"] == 15_000  # of all episodes, as in other results
     assert rows["ppo"]["vs_best_rule"]["policy"] == "slack cell"
     assert rows["ppo"]["vs_best_rule"]["goodput"] == pytest.approx([0.04, 0.03, 0.05])
     assert [name for name, row in rows.items() if row["is_best_rule"]] == ["slack cell"]
@@ -105,4 +107,5 @@ def test_a_page_begins_with_the_pooled_verdict(result: Path) -> None:
     assert title == "ppo beats the best hand-written policies by +4.0 points on benchmark v1"
     assert "interval +3.0 to +5.0. Of 2 targets 1 are met, 0 missed." in detail
     assert f"<h1>{title}</h1>" in page
+    assert "<td>0.04</td><td>0</td>" in page and "0.03 to 0.05" in page
     assert "not complete" in page and "not decided" in page and "<b>+4.0" not in page

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mmrl.errors import unknown
+
 if TYPE_CHECKING:
     from mmrl.plan import Answer, Player, Question
 
@@ -31,6 +33,9 @@ def command(
     ] = None,
     targets: Annotated[str, typer.Option(help="sliding, chat, market or relative.")] = "sliding",
     lengths: Annotated[str, typer.Option(help="Length family of requests.")] = "chat",
+    verbs: Annotated[
+        str, typer.Option(help="core, or full: layers of a model may be streamed while it runs.")
+    ] = "core",
     policy: Annotated[
         str | None,
         typer.Option(
@@ -42,7 +47,7 @@ def command(
     """Say whether a fleet fits, at which rates it meets its targets, and what a change brings."""
     from mmrl.plan import ask, plan_site, sites, write_plan
 
-    question = ask(models, targets, lengths, trace or [])
+    question = ask(models, targets, lengths, trace or [], verbs)
     player = _player(policy)
     name = Path(policy).name if policy else "the shipped policy"
     console = Console(stderr=True)
@@ -57,7 +62,11 @@ def command(
 
 
 def _player(policy: str | None) -> "Player":
-    """Return what plays a policy: a rule, or a learned one, the shipped or from its folder."""
+    """Return what plays a policy: a rule, or a learned one, the shipped or from its folder.
+
+    Raises:
+        InputError: There is neither a rule nor a folder of that name, or no policy in it.
+    """
     from functools import partial
 
     from mmrl.agents.export import DEFAULT, load_policy
@@ -65,8 +74,10 @@ def _player(policy: str | None) -> "Player":
     from mmrl.rules import rule_names
 
     policy = policy or DEFAULT
-    if policy in rule_names() or (policy != DEFAULT and not Path(policy).exists()):
+    if policy in rule_names():
         return rule_player(policy)
+    if policy != DEFAULT and not Path(policy).exists():
+        raise unknown("rule or folder", policy, rule_names())
     from mmrl.agents.runner import play
 
     return partial(play, load_policy(policy))
@@ -83,20 +94,22 @@ def _print(question: "Question", answers: "list[Answer]") -> None:
     console.print()
     console.print(_sites(question, answers))
     if answers[0].curves:
-        console.print()
+        site = escape(answers[0].site.label)
+        console.print(f"\n[bold]{site}: requests/s of which 90 % meet their targets[/]")
         console.print(_models(question, answers[0]))
 
 
 def _sites(question: "Question", answers: "list[Answer]") -> Table:
-    from mmrl.plan.page import at_wanted
+    from mmrl.plan.page import at_wanted, carried, rate
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("site", "memory", "policy"):
-        table.add_column(heading, no_wrap=True)
+    table.add_column("site", overflow="fold")
+    table.add_column("memory", no_wrap=True)
+    table.add_column("policy", overflow="fold")
     for heading in ("requests/s", "goodput %"):
         table.add_column(heading, justify="right", no_wrap=True)
     if question.total_per_s is not None:
-        table.add_row("wanted", "", "", f"{question.total_per_s:.3g}", "")
+        table.add_row("wanted", "", "", rate(question.total_per_s), "")
     for answer in answers:
         label, verdict = escape(answer.site.label), answer.fit.verdict
         if not answer.curves:
@@ -104,32 +117,24 @@ def _sites(question: "Question", answers: "list[Answer]") -> Table:
         for curve in answer.curves:
             wanted = at_wanted(question, curve)
             goodput = "–" if wanted is None else f"{100 * wanted[0]:.1f}"
-            table.add_row(label, verdict, curve.policy, _rate(curve.capacity_per_s), goodput)
+            table.add_row(label, verdict, curve.policy, carried(curve.capacity), goodput)
             label = verdict = ""
     return table
 
 
 def _models(question: "Question", answer: "Answer") -> Table:
-    """Tabulate the rates of each model at the site asked about."""
-    table = Table(
-        box=None,
-        pad_edge=False,
-        title=f"{escape(answer.site.label)}: requests/s of which 90 % meet their targets",
-        title_justify="left",
-        title_style="bold",
-    )
+    """Tabulate the rates of each model at a site."""
+    from mmrl.plan.page import carried, rate
+
+    table = Table(box=None, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    columns = [curve.model_capacity_per_s(question.shares) for curve in answer.curves]
+    columns = [list(map(carried, c.model_capacity(question.shares))) for c in answer.curves]
     headings = [curve.policy for curve in answer.curves]
     if question.rates_per_s is not None:
-        columns.insert(0, list(question.rates_per_s))
+        columns.insert(0, list(map(rate, question.rates_per_s)))
         headings.insert(0, "wanted")
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, *rates in zip(question.names, *columns, strict=True):
-        table.add_row(name, *map(_rate, rates))
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in zip(question.names, *columns, strict=True):
+        table.add_row(*row)
     return table
-
-
-def _rate(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"

@@ -1,6 +1,6 @@
 """The plan: will a fleet fit, at what rates does it meet its targets, what would a change bring.
 
-`ask` describes fleet and traffic, `plan_sites` simulates them on each site (platform, budget, link)
+`ask` describes fleet and traffic, `plan_site` simulates them at a site (platform, budget, link)
 under a policy and under the best hand-written rule, `write_plan` makes the page.
 """
 

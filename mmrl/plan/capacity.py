@@ -2,8 +2,9 @@
 
 The mix of models stays and all rates grow together. A coarse grid of rates
 over three decades and the rates wanted are played first, then the intervals in which the goodput
-of the fleet or of a model falls below the threshold; every rate is played on the same development
-episodes. Rates run in parallel threads.
+of the fleet or of a model falls below the threshold; of the rules only those that may be the best
+are played so closely. Every rate is played on the same development episodes. Rates run in parallel
+threads.
 """
 
 import os
@@ -21,7 +22,9 @@ from mmrl.node.state import MAX_MODELS
 from mmrl.plan.question import LEAST, MOST, Question, Site, scenario_at
 from mmrl.rollout import Episode, EpisodeResult, rollout
 from mmrl.rules import get_rule, rule_names
-from mmrl.scenarios.sampler import EpisodeSampler
+from mmrl.scenarios.bank import CostBank
+from mmrl.scenarios.sampler import DoesNotFit, EpisodeSampler, read_bank
+from mmrl.scenarios.schema import Scenario
 from mmrl.sim.batch import Sampler
 
 GOODPUT = 0.9  # of a fleet or model that meets its targets
@@ -41,25 +44,41 @@ class Fit:
 
     Attributes:
         weights_gb: Of each model.
-        reserve_gb: Held for the life of the node: workspace.
-        kv_gb: KV cache of the longest request of the hungriest model.
+        reserve_gb: Held for the life of the node, see `CostBank.reserve_bytes`.
+        kv_gb: KV cache of the longest request of each model.
         budget_gb: Device memory.
         reason: Why a model can never run there; empty if all can.
     """
 
     weights_gb: tuple[float, ...]
     reserve_gb: float
-    kv_gb: float
+    kv_gb: tuple[float, ...]
     budget_gb: float
     reason: str = ""
 
     @property
     def verdict(self) -> str:
-        """In words: all at once, in turns, or not."""
+        """In words: all at once, in turns, in turns and not all of them whole, or not."""
         if self.reason:
             return "does not fit"
-        together = sum(self.weights_gb) + self.reserve_gb + self.kv_gb
-        return "all at once" if together <= self.budget_gb else "takes turns"
+        left = self.budget_gb - self.reserve_gb
+        if sum(self.weights_gb) + max(self.kv_gb) <= left:
+            return "all at once"
+        alone = map(sum, zip(self.weights_gb, self.kv_gb, strict=True))
+        return "takes turns" if max(alone) <= left else "streams layers"
+
+
+@dataclass(frozen=True, order=True)
+class Capacity:
+    """The highest rate at which goodput is enough.
+
+    Attributes:
+        per_s: Requests per second.
+        at_least: It was still enough at the highest rate that was played.
+    """
+
+    per_s: float
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,14 +98,17 @@ class Curve:
     models: Array
 
     @property
-    def capacity_per_s(self) -> float | None:
-        """The highest rate of the fleet at which its goodput is enough."""
+    def capacity(self) -> Capacity | None:
+        """Of the fleet; None where its goodput is enough at no rate."""
         return crossing(self.rates_per_s, self.goodput)
 
-    def model_capacity_per_s(self, shares: Sequence[float]) -> list[float | None]:
-        """The highest rate of each model at which its goodput is enough, all growing together."""
+    def model_capacity(self, shares: Sequence[float]) -> list[Capacity | None]:
+        """Of each model, all rates growing together."""
         found = (crossing(self.rates_per_s, column) for column in self.models.T)
-        return [None if rate is None else rate * s for rate, s in zip(found, shares, strict=True)]
+        return [
+            None if rate is None else Capacity(rate.per_s * share, rate.at_least)
+            for rate, share in zip(found, shares, strict=True)
+        ]
 
     def at(self, rate_per_s: float) -> tuple[float, Array] | None:
         """Return goodput of fleet and models at a rate, None outside of what was played."""
@@ -105,13 +127,13 @@ class Answer:
         site: The site.
         fit: Whether the fleet fits; if it does not, there are no curves.
         curves: Of the policy, and of the best rule if that is another.
-        rules: Goodput of every rule at the policy's capacity, by name.
+        rules: Capacity of every rule by name; less exact where it is far from the best.
     """
 
     site: Site
     fit: Fit
     curves: list[Curve] = field(default_factory=list)
-    rules: dict[str, float] = field(default_factory=dict)
+    rules: dict[str, Capacity | None] = field(default_factory=dict)
 
 
 def rule_player(name: str) -> Player:
@@ -146,59 +168,99 @@ def plan_site(
         raise InputError(f"{len(question.models)} models", f"a node has at most {MAX_MODELS}")
     with scenario_at(question, site) as scenario:
         report(f"{site.label}: memory")
+        bank = read_bank((scenario,))
         try:
-            sampler = scenario.sampler()
-        except InputError as error:
-            return Answer(site, _misfit(question, site, str(error)))
+            sampler = EpisodeSampler(scenario, bank)
+        except DoesNotFit as error:
+            return Answer(site, _fit(scenario, bank, site, 0, str(error)))
         report(f"{site.label}: {policy}")
         curve = play_rates(sampler, policy, player, question.total_per_s)
-        rules = _compare_rules(
+        rules = _play_rules(
             sampler, curve, question.total_per_s, lambda name: report(f"{site.label}: {name}")
         )
-        best = max(rules, key=lambda name: (rules[name], name == policy))
-        curves = [curve]
-        if best != policy:
-            report(f"{site.label}: {best}")
-            curves.append(play_rates(sampler, best, rule_player(best), question.total_per_s))
-        return Answer(site, _fit(sampler, site), curves, rules)
+
+        def merit(rule: Curve) -> tuple[float, float, bool]:
+            at_wanted = rule.at(question.total_per_s or 0.0)
+            capacity = rule.capacity.per_s if rule.capacity else 0.0
+            return capacity, at_wanted[0] if at_wanted else 0.0, rule is curve
+
+        best = max(rules, key=merit)
+        curves = [curve] if best is curve else [curve, best]
+        fit = _fit(scenario, bank, site, sampler.longest_tokens)
+        return Answer(site, fit, curves, {rule.policy: rule.capacity for rule in rules})
 
 
 def play_rates(
     sampler: EpisodeSampler, policy: str, player: Player, wanted_per_s: float | None
 ) -> Curve:
     """Play a policy at many rates: a grid, the one wanted, and more where goodput crosses."""
-    points: dict[float, tuple[float, Array]] = {}
-    first = np.geomspace(LEAST, MOST, GRID).tolist()
+    return _play_closely(sampler, player, _play_grid(sampler, policy, player, wanted_per_s))
+
+
+def _play_rules(
+    sampler: EpisodeSampler,
+    curve: Curve,
+    wanted_per_s: float | None,
+    report: Callable[[str], None],
+) -> list[Curve]:
+    """Play every rule on the grid, and more closely those that may carry most.
+
+    Args:
+        sampler: Where episodes come from.
+        curve: What has been played: it is taken over if it is a rule's.
+        wanted_per_s: The rate wanted of the whole fleet.
+        report: Told which rule is played.
+    """
+    rules = []
+    for name in rule_names():
+        report(name)
+        played = name == curve.policy
+        rules.append(
+            curve if played else _play_grid(sampler, name, rule_player(name), wanted_per_s)
+        )
+    brackets = [_bracket(rule.rates_per_s, rule.goodput) for rule in rules]
+    sure = max(low for low, _ in brackets)
+    for k, (rule, (_, high)) in enumerate(zip(rules, brackets, strict=True)):
+        if high > sure and rule is not curve:
+            report(rule.policy)
+            rules[k] = _play_closely(sampler, rule_player(rule.policy), rule)
+    return rules
+
+
+def _play_grid(
+    sampler: EpisodeSampler, policy: str, player: Player, wanted_per_s: float | None
+) -> Curve:
+    loads = np.geomspace(LEAST, MOST, GRID).tolist()
     wanted = (wanted_per_s or 0.0) / sampler.rates_at_load_1[1]
     if LEAST < wanted < MOST:
-        first.append(wanted)
-    _play(sampler, player, first, points)
-    loads = np.array(sorted(points))
-    columns = [np.array([points[load][0] for load in loads])]
-    columns += list(np.stack([points[load][1] for load in loads]).T)
+        loads.append(wanted)
+    return _play(sampler, policy, player, sorted(set(loads)))
+
+
+def _play_closely(sampler: EpisodeSampler, player: Player, curve: Curve) -> Curve:
+    """Return a curve with more points where the goodput of fleet or model crosses."""
+    brackets = {_bracket(curve.rates_per_s, y) for y in (curve.goodput, *curve.models.T)}
     more = {
-        load
-        for column in columns
-        for low, high in _brackets(loads, column)
-        for load in np.geomspace(low, high, REFINED + 2)[1:-1].tolist()
+        rate / sampler.rates_at_load_1[1]
+        for low, high in brackets
+        if low > 0 and high < np.inf
+        for rate in np.geomspace(low, high, REFINED + 2)[1:-1].tolist()
     }
-    _play(sampler, player, sorted(more), points)
-    loads = np.array(sorted(points))
+    if not more:
+        return curve
+    added = _play(sampler, curve.policy, player, sorted(more))
+    rates = np.concatenate([curve.rates_per_s, added.rates_per_s])
+    order = rates.argsort()
     return Curve(
-        policy,
-        loads * sampler.rates_at_load_1[1],
-        np.array([points[load][0] for load in loads]),
-        np.stack([points[load][1] for load in loads]),
+        curve.policy,
+        rates[order],
+        np.concatenate([curve.goodput, added.goodput])[order],
+        np.concatenate([curve.models, added.models])[order],
     )
 
 
-def _play(
-    sampler: EpisodeSampler,
-    player: Player,
-    loads: Sequence[float],
-    points: dict[float, tuple[float, Array]],
-) -> None:
-    """Play the episodes at each load and add (goodput, goodput by model) to the points."""
+def _play(sampler: EpisodeSampler, policy: str, player: Player, loads: Sequence[float]) -> Curve:
+    """Play the episodes at each load."""
     episodes: list[Episode] = [("dev", index) for index in range(EPISODES)]
 
     def at(load: float) -> tuple[float, Array]:
@@ -211,67 +273,40 @@ def _play(
         return float(good.sum() / max(1.0, requests.sum())), by_model
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        points.update(zip(loads, pool.map(at, loads), strict=True))
+        goodput, models = zip(*pool.map(at, loads), strict=True)
+    rates = np.array(loads) * sampler.rates_at_load_1[1]
+    return Curve(policy, rates, np.array(goodput), np.stack(models))
 
 
-def _brackets(loads: Array, goodput: Array) -> list[tuple[float, float]]:
-    """Return the interval above the last load at which a goodput is enough, if it ends there."""
-    enough = np.flatnonzero(goodput >= GOODPUT)
-    if len(enough) == 0 or enough[-1] == len(loads) - 1:
-        return []
-    last = int(enough[-1])
-    return [(float(loads[last]), float(loads[last + 1]))]
+def _bracket(rates_per_s: Array, goodput: Array) -> tuple[float, float]:
+    """Return the last rate at which goodput is enough, 0 for none, and the next one or inf."""
+    rates = [0.0, *rates_per_s.tolist(), np.inf]
+    last = int(np.flatnonzero([True, *(goodput >= GOODPUT)])[-1])  # NaN is not enough
+    return rates[last], rates[last + 1]
 
 
-def crossing(rates_per_s: Array, goodput: Array) -> float | None:
+def crossing(rates_per_s: Array, goodput: Array) -> Capacity | None:
     """Return the rate above which goodput stays below the threshold, between points in logarithms.
 
     Below that rate it need not be enough everywhere: what is rarely asked for may be loaded anew
-    each time. The highest rate if it is enough there, None if it is nowhere.
+    each time. At least the highest rate if it is enough there, None if it is nowhere.
     """
-    enough = np.flatnonzero(goodput >= GOODPUT)  # NaN is not
-    if len(enough) == 0:
+    low, high = _bracket(rates_per_s, goodput)
+    if low == 0.0:
         return None
-    last = int(enough[-1])
-    if last == len(goodput) - 1:
-        return float(rates_per_s[-1])
-    share = (goodput[last] - GOODPUT) / (goodput[last] - goodput[last + 1])
-    low, high = np.log(rates_per_s[last : last + 2])
-    return float(np.exp(low + share * (high - low)))
+    if high == np.inf:
+        return Capacity(low, at_least=True)
+    above, below = goodput[rates_per_s == low][0], goodput[rates_per_s == high][0]
+    share = (above - GOODPUT) / (above - below)
+    return Capacity(float(low * (high / low) ** share))
 
 
-def _compare_rules(
-    sampler: EpisodeSampler,
-    curve: Curve,
-    wanted_per_s: float | None,
-    report: Callable[[str], None],
-) -> dict[str, float]:
-    """Return the goodput of every rule at the highest rate that the policy carries."""
-    rate = curve.capacity_per_s or wanted_per_s or float(curve.rates_per_s[0])
-    load = min(MOST, max(LEAST, rate / sampler.rates_at_load_1[1]))
-    found = {}
-    for name in rule_names():
-        report(name)
-        points: dict[float, tuple[float, Array]] = {}
-        _play(sampler, rule_player(name), [load], points)
-        found[name] = points[load][0]
-    return found
-
-
-def _fit(sampler: EpisodeSampler, site: Site) -> Fit:
-    bank, rows = sampler.bank, sampler.rows(0)
-    needed = bank.needed_bytes(rows, sampler.full_verbs, sampler.longest_tokens)
-    weights, reserve = bank.weight_bytes[rows], bank.reserve_bytes(rows, sampler.full_verbs)
-    kv = int((needed - weights - reserve).max())
-    return Fit(tuple((weights / 1e9).tolist()), reserve / 1e9, kv / 1e9, site.budget_gb)
-
-
-def _misfit(question: Question, site: Site, reason: str) -> Fit:
-    from mmrl.profiles.registry import get_profile
-
-    profiles = [get_profile(site.platform, model) for model in question.models]
-    workspace = max(profile.workspace_bytes for profile in profiles)
-    reserve = (workspace + sum(profile.graphs_bytes for profile in profiles)) / 1e9
-    weights = tuple(profile.weight_bytes / 1e9 for profile in profiles)
-    reason = reason.removeprefix("scenario 'plan': ")
-    return Fit(weights, reserve, 0.0, site.budget_gb, reason)
+def _fit(
+    scenario: Scenario, bank: CostBank, site: Site, longest_tokens: int, reason: str = ""
+) -> Fit:
+    rows = np.array([bank.row(0, bank.models.index(name)) for name in scenario.models or ()])
+    weights = tuple((bank.weight_bytes[rows] / 1e9).tolist())
+    reserve = bank.reserve_bytes(rows, scenario.verbs == "full") / 1e9
+    kv = tuple((bank.kv_bytes(rows, longest_tokens) / 1e9).tolist())
+    reason = reason.removeprefix("scenario 'plan': ").replace('set verbs = "full"', "--verbs full")
+    return Fit(weights, reserve, kv, site.budget_gb, reason)

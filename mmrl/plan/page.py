@@ -1,22 +1,27 @@
 """`write_plan`: the answers of a plan as one page and as JSON; what both say is worked out here."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 import mmrl
 from mmrl.files import atomic_write, write_json
 from mmrl.pages import Plot, plot_json, render_page
-from mmrl.plan.capacity import EPISODES, GOODPUT, Answer, Curve
+from mmrl.plan.capacity import EPISODES, GOODPUT, Answer, Capacity, Curve
 from mmrl.plan.question import Question
 
 TEMPLATE = Path(__file__).parent / "templates" / "plan.html"
 PAGE, ANSWERS = "index.html", "plan.json"
-COLOURS = ("#2f7de1", "#e8710a", "#3a9d5d", "#c2483d", "#7a5af8", "#a08c5b", "#d16ba5", "#5aa9a3")
+# No colour stands for a site and a policy; coinciding curves show through each other's gaps.
+SITES = ("#2f7de1", "#e8710a", "#3a9d5d", "#c2483d", "#a08c5b", "#5aa9a3")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+POLICIES = ("#7a5af8", "#d16ba5")
+GREY = "#98a3b3"
+FALLING = (1 + GOODPUT) / 2  # the curves are shown from a little below the first rate under this
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
@@ -47,6 +52,7 @@ def as_json(question: Question, answers: list[Answer]) -> dict[str, Any]:
         "models": list(question.names),
         "rates_per_s": question.rates_per_s and list(question.rates_per_s),
         "targets": question.targets,
+        "verbs": question.verbs,
         "traffic": question.about,
         "answers": [
             {
@@ -54,7 +60,7 @@ def as_json(question: Question, answers: list[Answer]) -> dict[str, Any]:
                 "label": answer.site.label,
                 "fit": asdict(answer.fit) | {"verdict": answer.fit.verdict},
                 "policies": [_policy(question, curve) for curve in answer.curves],
-                "rules_at_capacity": answer.rules,
+                "rules": {name: _plain(capacity) for name, capacity in answer.rules.items()},
             }
             for answer in answers
         ],
@@ -65,8 +71,8 @@ def _policy(question: Question, curve: Curve) -> dict[str, Any]:
     wanted = at_wanted(question, curve)
     return {
         "policy": curve.policy,
-        "capacity_per_s": curve.capacity_per_s,
-        "model_capacity_per_s": curve.model_capacity_per_s(question.shares),
+        "capacity": _plain(curve.capacity),
+        "model_capacity": [_plain(x) for x in curve.model_capacity(question.shares)],
         "goodput_at_wanted": None if wanted is None else wanted[0],
         "model_goodput_at_wanted": None if wanted is None else wanted[1],
         "curve": {
@@ -75,6 +81,10 @@ def _policy(question: Question, curve: Curve) -> dict[str, Any]:
             "models": [[_told(x) for x in row] for row in curve.models.tolist()],
         },
     }
+
+
+def _plain(capacity: Capacity | None) -> dict[str, Any] | None:
+    return None if capacity is None else asdict(capacity)
 
 
 def _told(goodput: float) -> float | None:
@@ -100,18 +110,20 @@ def headline(question: Question, answers: list[Answer]) -> list[str]:
     if first.fit.reason:
         return [f"The fleet does not fit on {where}", first.fit.reason]
     policy = first.curves[0]
-    turns = first.fit.verdict == "takes turns"
-    memory = (
-        f"{sum(first.fit.weights_gb):.1f} GB of weights on {first.fit.budget_gb:g} GB: "
-        f"{'the models take turns' if turns else 'all models stay resident'}."
-    )
-    capacity = policy.capacity_per_s
+    how = {
+        "all at once": "all models stay resident",
+        "takes turns": "the models take turns",
+        "streams layers": "a model that does not fit whole streams layers",
+    }[first.fit.verdict]
+    weights, budget = sum(first.fit.weights_gb), first.fit.budget_gb
+    memory = f"{weights:.1f} GB of weights on {budget:g} GB: {how}."
+    capacity = policy.capacity
     if capacity is None:
         lead = f"On {where} {policy.policy} meets the targets of 90 % of requests at no rate"
-        return [lead, memory]
-    lead = f"On {where} {policy.policy} carries {capacity:.2g} requests/s"
+        return [lead, memory, *_better(first)]
+    lead = f"On {where} {policy.policy} carries {_in_words(capacity)}"
     if question.total_per_s is not None:
-        lead += f", {capacity / question.total_per_s:.1f} times what is wanted"
+        lead += f", {_times(capacity, question.total_per_s)} what is wanted"
     return [lead, memory, *_served(question, policy), *_better(first), *_change(answers)]
 
 
@@ -132,38 +144,71 @@ def _better(answer: Answer) -> list[str]:
     if len(answer.curves) == 1:
         return [f"No hand-written rule does better than {answer.curves[0].policy} there."]
     best = answer.curves[1]
-    return [f"The best rule there, {best.policy}, carries {_rate(best.capacity_per_s)} requests/s."]
+    if best.capacity is None:
+        return ["No hand-written rule meets the targets of 90 % of the requests there."]
+    return [f"The best rule there, {best.policy}, carries {_in_words(best.capacity)}."]
 
 
 def _change(answers: list[Answer]) -> list[str]:
-    """Say which alternative carries most."""
+    """Say which alternatives carry most."""
     found = [
-        (answer.curves[0].capacity_per_s, answer)
+        (answer.site.label, answer.curves[0].capacity)
         for answer in answers[1:]
-        if answer.curves and answer.curves[0].capacity_per_s is not None
+        if answer.curves and answer.curves[0].capacity is not None
     ]
-    now = answers[0].curves[0].capacity_per_s
+    now = answers[0].curves[0].capacity
     if not found or now is None:
         return []
-    most, answer = max(found, key=lambda pair: pair[0] or 0.0)
-    assert most is not None
-    return [
-        f"Of the alternatives {answer.site.label} carries most: {most:.2g} requests/s, "
-        f"{most / now:.2f} times as much."
+    most = max(capacity for _, capacity in found)
+    words = _in_words(most)
+    first = [label for label, capacity in found if _in_words(capacity) == words]
+    carry = "carries" if len(first) == 1 else "carry"
+    sentence = f"Of the alternatives {' and '.join(first)} {carry} most: {words}"
+    if words == _in_words(now):
+        sentence += f", as much as {answers[0].site.label}"
+    elif not now.at_least:
+        sentence += f", {_times(most, now.per_s)} as much"
+    more = [
+        f"; {label} {_in_words(capacity)}"
+        for label, capacity in found
+        if capacity.at_least and label not in first
     ]
+    return [f"{sentence}{''.join(more)}."]
 
 
-def _rate(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+def rate(value: float | None) -> str:
+    """Return a rate for a table or sentence."""
+    return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def carried(capacity: Capacity | None) -> str:
+    """Return a capacity for a table."""
+    if capacity is None:
+        return "–"
+    return f"≥ {rate(capacity.per_s)}" if capacity.at_least else rate(capacity.per_s)
+
+
+def _in_words(capacity: Capacity) -> str:
+    return f"{'at least ' if capacity.at_least else ''}{rate(capacity.per_s)} requests/s"
+
+
+def _times(capacity: Capacity, other_per_s: float) -> str:
+    times = f"{rate(capacity.per_s / other_per_s)} times"
+    return f"at least {times}" if capacity.at_least else times
 
 
 def render(question: Question, answers: list[Answer]) -> str:
     """Return the page."""
     sentences = headline(question, answers)
     first = answers[0]
+    rules = sorted(first.rules.items(), key=lambda item: item[1] or Capacity(0), reverse=True)
     return render_page(
         TEMPLATE,
-        {"rate": _rate, "percent": lambda x: "–" if x is None else f"{100 * x:.1f}"},
+        {
+            "rate": rate,
+            "carried": lambda x: carried(x and Capacity(**x)),
+            "percent": lambda x: "–" if x is None else f"{100 * x:.1f}",
+        },
         title=f"mmrl plan: {sentences[0]}",
         lead=sentences[0],
         more=sentences[1:],
@@ -171,61 +216,97 @@ def render(question: Question, answers: list[Answer]) -> str:
         wanted=question.rates_per_s,
         traffic=question.about,
         targets=question.targets,
+        verbs=question.verbs,
         goodput=GOODPUT,
         episodes=EPISODES,
         sites=as_json(question, answers)["answers"],
-        figures=[_curves(question, answers), _bars(question, first)] if first.curves else [],
-        rules=sorted(first.rules.items(), key=lambda item: -item[1]),
+        figures=[*_curves(question, answers), _bars(question, first)] if first.curves else [],
+        rules=[(name, _plain(capacity)) for name, capacity in rules],
     )
 
 
-def _curves(question: Question, answers: list[Answer]) -> Plot:
-    figure = go.Figure()
-    for answer, colour in zip(answers, COLOURS * len(answers), strict=False):
-        for k, curve in enumerate(answer.curves):
+def _curves(question: Question, answers: list[Answer]) -> list[Plot]:
+    """Draw goodput over rates: of the policy at all sites, and of the best rules if others."""
+    curves = [curve for answer in answers for curve in answer.curves]
+    wanted = question.total_per_s
+    falls = [
+        curve.rates_per_s[np.argmax([*(curve.goodput[:-1] < FALLING), True])]  # the last if never
+        for curve in curves
+    ]
+    low = max(min(*falls, wanted or np.inf) / 2, min(curve.rates_per_s[0] for curve in curves))
+    shown = float(low), max(wanted or 0.0, *(float(curve.rates_per_s[-1]) for curve in curves))
+    policy = answers[0].curves[0].policy
+    plots = []
+    for k, name in enumerate((policy, "the best rule of each site")):
+        drawn = [(n, answer) for n, answer in enumerate(answers) if len(answer.curves) > k]
+        if not drawn:
+            continue
+        figure = go.Figure()
+        for n, answer in drawn:
+            curve, label = answer.curves[k], answer.site.label
             figure.add_scatter(
                 x=curve.rates_per_s.round(4).tolist(),
                 y=(100 * curve.goodput).round(2).tolist(),
                 mode="lines",
-                name=f"{answer.site.label}: {curve.policy}",
-                line={"color": colour, "width": 2, "dash": "dash" if k else "solid"},
+                name=f"{label}: {curve.policy}" if k else label,
+                line={
+                    "color": SITES[n % len(SITES)],
+                    "width": 2,
+                    "dash": DASHES[n % len(DASHES)],
+                },
                 hovertemplate="%{y:.1f} % at %{x:.3g}/s<extra>%{fullData.name}</extra>",
             )
-    figure.add_hline(y=100 * GOODPUT, line={"color": "#98a3b3", "width": 1, "dash": "dot"})
-    if question.total_per_s is not None:
-        figure.add_vline(x=question.total_per_s, line={"color": "#98a3b3", "width": 1})
+        _mark(figure, wanted, shown)
+        json = plot_json(figure, top=24 + 20 * len(drawn))
+        plots.append(Plot(f"Goodput against rate: {name}", json, 360 + 20 * len(drawn)))
+    return plots
+
+
+def _mark(figure: go.Figure, wanted_per_s: float | None, shown: tuple[float, float]) -> None:
+    """Complete a figure of goodput over rates: axes, and what is enough and what is wanted."""
+    enough = 100 * GOODPUT
+    figure.add_hline(y=enough, line={"color": GREY, "width": 1, "dash": "dot"})
+    words = {"showarrow": False, "xanchor": "left", "font": {"size": 11}}
+    figure.add_annotation(
+        x=0, xref="x domain", y=enough, yanchor="top", text=f"{enough:.0f} %: carried", **words
+    )
+    if wanted_per_s is not None:
+        figure.add_vline(x=wanted_per_s, line={"color": GREY, "width": 1})
+        x = math.log10(wanted_per_s)
+        figure.add_annotation(x=x, y=0, yanchor="bottom", text=" wanted", **words)
     ticks = [m * 10.0**k for k in range(-3, 4) for m in (1, 2, 5)]
     figure.update_xaxes(
         type="log",
         title="requests/s, whole fleet",
         tickvals=ticks,
         ticktext=[f"{t:g}" for t in ticks],
+        range=[math.log10(rate_per_s) for rate_per_s in shown],
     )
     figure.update_yaxes(title="goodput, %", range=[0, 102])
     figure.update_layout(showlegend=True, legend=LEGEND | {"orientation": "v"})
-    rows = sum(len(answer.curves) for answer in answers)
-    json = plot_json(figure, top=24 + 20 * rows)
-    return Plot("Goodput against rate, same mix of models", json, 360 + 20 * rows, wide=True)
 
 
 def _bars(question: Question, answer: Answer) -> Plot:
     """Draw the highest rate of each model that is served well, beside the one wanted."""
     names = list(question.names)[::-1]
-    bars: list[tuple[str, Sequence[float | None], str]] = [
-        (curve.policy, curve.model_capacity_per_s(question.shares), colour)
-        for curve, colour in zip(answer.curves, COLOURS, strict=False)
+    bars: list[tuple[str, list[Capacity | None], str]] = [
+        (curve.policy, curve.model_capacity(question.shares), colour)
+        for curve, colour in zip(answer.curves, POLICIES, strict=False)
     ]
     if question.rates_per_s is not None:
-        bars.append(("wanted", question.rates_per_s, "#98a3b3"))
+        bars.append(("wanted", [Capacity(r) for r in question.rates_per_s], GREY))
     figure = go.Figure()
     for name, values, colour in reversed(bars):
         figure.add_bar(
             y=names,
-            x=[0.0 if value is None else value for value in values][::-1],
+            x=[0.0 if value is None else value.per_s for value in values][::-1],
+            text=[carried(value) for value in values][::-1],
+            textposition="outside",
+            cliponaxis=False,
             orientation="h",
             name=name,
             marker_color=colour,
-            hovertemplate="%{y}: %{x:.3g}/s<extra>%{fullData.name}</extra>",
+            hovertemplate="%{y}: %{text}/s<extra>%{fullData.name}</extra>",
         )
     legend = LEGEND | {"traceorder": "reversed"}
     figure.update_layout(barmode="group", showlegend=True, legend=legend, bargap=0.3)

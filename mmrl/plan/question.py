@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +32,7 @@ class Question:
             with equal rates.
         traffic: ``workload`` or ``trace`` of a scenario.
         targets: Latency targets, see `mmrl.scenarios.targets`.
+        verbs: ``core``, or ``full``: layers of a model may be streamed while it runs.
         about: The traffic in words.
     """
 
@@ -39,6 +40,7 @@ class Question:
     rates_per_s: tuple[float, ...] | None
     traffic: dict[str, Any]
     targets: str
+    verbs: str
     about: str
 
     @property
@@ -85,6 +87,7 @@ def ask(
     targets: str = "sliding",
     lengths: str = "chat",
     trace: Sequence[Path] = (),
+    verbs: str = "core",
 ) -> Question:
     """Read a question as the command line has it.
 
@@ -93,6 +96,7 @@ def ask(
         targets: Kind of latency targets.
         lengths: Length family of generated requests.
         trace: Files of a trace, which then says rates, bursts and lengths.
+        verbs: ``core`` or ``full``.
 
     Raises:
         InputError: A rate is wrong, or a file cannot be read or does not suit the fleet.
@@ -107,7 +111,12 @@ def ask(
     if trace:
         if rates:
             raise InputError("rates and a trace are given", "the trace has rates: leave one out")
-        fitted = fit_to_fleet(read_trace(trace, lengths=lengths), unique_names(models))
+        recording = read_trace(trace, lengths=lengths)
+        try:
+            fitted = fit_to_fleet(recording, unique_names(models))
+        except InputError as error:
+            remedy = "add it, or map the trace before: mmrl workload fit --mapping services"
+            raise InputError(error.message, remedy) from None
         counts = np.bincount(fitted.model, minlength=len(models))
         if not counts.all():
             silent = unique_names(models)[int(counts.argmin())]
@@ -115,18 +124,18 @@ def ask(
         recorded = tuple(float(count) / fitted.duration_s for count in counts)
         traffic: dict[str, Any] = {"trace": {"paths": [str(p) for p in trace], "lengths": lengths}}
         about = f"{len(fitted):,} recorded requests, stretched in time to each rate"
-        return Question(models, recorded, traffic, targets, about)
+        return Question(models, recorded, traffic, targets, verbs, about)
     if rates and len(rates) != len(models):
         missing = next(entry for entry in fleet if "=" not in entry)
         raise InputError(f"'{missing}' has no rate, others have", "give all of them one, or none")
-    question = Question(models, tuple(rates) or None, {}, targets, "")
+    question = Question(models, tuple(rates) or None, {}, targets, verbs, "")
     workload = {
         "arrivals": {"kind": "gamma", "cv": CV},
         "popularity": {"shares": question.shares},
         "lengths": {"family": lengths},
     }
     about = f"Generated requests, lengths of family {lengths}, gamma arrivals with CV {CV:g}"
-    return Question(models, question.rates_per_s, {"workload": workload}, targets, about)
+    return replace(question, traffic={"workload": workload}, about=about)
 
 
 def _rate(entry: str, value: str) -> float:
@@ -150,12 +159,21 @@ def sites(
         links: Rates of the link in GB/s, for alternatives only.
 
     Raises:
-        InputError: A platform is unknown, or a number is not positive.
+        InputError: A platform is unknown, a number is not positive, or a budget is more than the
+            site's platform has.
     """
     for option, values in (("--budget", budgets_gb), ("--link", links)):
         if any(not 0 < value < np.inf for value in values):
             raise InputError(f"{option}: must be a positive number", "in GB, or GB/s for the link")
-    usable = [registry.get_platform(name).usable_bytes / 1e9 for name in platforms]
+    places = [registry.get_platform(name) for name in platforms]
+    usable = [place.usable_bytes / 1e9 for place in places]
+    too_much = max(budgets_gb, default=0.0)
+    if too_much > usable[0]:
+        raise InputError(
+            f"--budget: {too_much:g} GB is more than the {_floor(usable[0])} GB of "
+            f"{places[0].name}",
+            "lower it, or leave it out for all that is usable",
+        )
     budget = budgets_gb[0] if budgets_gb else _floor(usable[0])
     found = [Site(platforms[0], budget)]
     found += [Site(platforms[0], other) for other in budgets_gb[1:]]
@@ -188,6 +206,7 @@ def scenario_at(question: Question, site: Site) -> Iterator[Scenario]:
         "budget_gb": site.budget_gb,
         "models": question.models,
         "targets": question.targets,
+        "verbs": question.verbs,
         "utilisation_at_load_1": 1.0,
         "load": (LEAST, MOST),
         **question.traffic,

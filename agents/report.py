@@ -18,14 +18,11 @@ from mmrl.agents.report_suite import suite_headline
 from mmrl.agents.results import Results
 from mmrl.errors import InputError
 from mmrl.files import atomic_write
-from mmrl.pages import render_page
+from mmrl.pages import PLOTLY, render_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 SCRIPTS = ("report.js", "figures.js", "episode.js")
-PAGE, PLOTLY = "index.html", "plotly.min.js"
-# Plotly's lines and bars alone (npm: plotly.js-basic-dist-min): all of Plotly takes a browser four
-# times as long to begin with.
-BUNDLE = "plotly-basic.min.js"
+PAGE = "index.html"
 GENERATOR = '<meta name="generator" content="mmrl report">'
 DATA_NAME = re.compile(r"(place|run|episode)-[0-9a-f]{12}\.js")
 ALSO = 3  # sentences below the headline
@@ -86,7 +83,7 @@ def render(material: Material) -> dict[str, str]:
 
     report = Report(material)
     folder = TEMPLATE.parent
-    files = {PLOTLY: (folder / BUNDLE).read_text("utf-8")}
+    files = {PLOTLY.name: PLOTLY.read_text("utf-8")}
     index = report.index()
     for about, place in zip(index["places"], report.places, strict=True):
         about["file"] = _add(files, "place", report.detail(place))
@@ -101,7 +98,7 @@ def render(material: Material) -> dict[str, str]:
         TEMPLATE,
         title=f"mmrl: {lead}",
         generator=Markup(GENERATOR),
-        plotly_file=PLOTLY,
+        plotly_file=PLOTLY.name,
         date=_dates(list(material.results.values())),
         lead=lead,
         more=more,

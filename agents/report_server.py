@@ -13,11 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mmrl.agents.report import PAGE, PLOTLY, write_report
+from mmrl.agents.report import PAGE, write_report
 from mmrl.agents.report_data import LOG
 from mmrl.agents.results import FILES
 from mmrl.agents.suite import RESULT
 from mmrl.errors import InputError, MmrlError
+from mmrl.pages import PLOTLY
 
 HOST = "127.0.0.1"
 EVERY_S = 2.0  # between two looks at the files
@@ -134,7 +135,7 @@ class _Handler(SimpleHTTPRequestHandler):
         self.wfile.write(build)
 
     def end_headers(self) -> None:
-        kept = self.path.endswith(PLOTLY)
+        kept = self.path.endswith(PLOTLY.name)
         self.send_header("Cache-Control", "max-age=86400" if kept else "no-store")
         super().end_headers()
 

@@ -9,10 +9,11 @@ import pytest
 
 from mmrl.agents.evaluate import evaluate
 from mmrl.agents.headline import headlines, overall, points, verdict
-from mmrl.agents.report import PAGE, PLOTLY, render, write_files, write_report
+from mmrl.agents.report import PAGE, render, write_files, write_report
 from mmrl.agents.report_data import POINTS, Report, curves, gather
 from mmrl.agents.results import Results
 from mmrl.errors import InputError, MmrlError
+from mmrl.pages import PLOTLY
 from tests.agents.made_up import make_run, make_scenario
 
 

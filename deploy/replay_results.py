@@ -21,12 +21,11 @@ from mmrl.deploy.replay import Sent, Workload
 from mmrl.deploy.streams import Outcome
 from mmrl.errors import InputError
 from mmrl.files import atomic_write
-from mmrl.metrics import episode_metrics, request_latencies
+from mmrl.metrics import episode_metrics, met_targets, request_latencies
 from mmrl.node.requests import certain_miss
 from mmrl.node.state import (
     DECODE,
     DONE,
-    MISS_NONE,
     MISS_REFUSED,
     QUEUED,
     REFUSED,
@@ -294,8 +293,8 @@ def request_table(run: Sent) -> "pd.DataFrame":
         return (instant_ns - run.start_ns) * 1e-9 if instant_ns >= 0 else float("nan")
 
     _, ended = episode_arrays(run)
-    good = (ended["state"] == DONE) & (ended["miss"] == MISS_NONE)
     rows = []
+    good = met_targets(ended)
     for request, stream, met in zip(run.workload.requests, run.streams, good, strict=True):
         model = run.workload.models[request["model"]]
         done = stream.outcome is Outcome.DONE

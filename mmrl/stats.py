@@ -24,16 +24,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    @property
-    def above_zero(self) -> bool:
-        """Whether the whole interval is above zero."""
-        return self.low > 0
-
-    @property
-    def below_zero(self) -> bool:
-        """Whether the whole interval is below zero."""
-        return self.high < 0
-
 
 def mean(values: Floats) -> Floats:
     """Return the mean over the last axis."""
@@ -100,16 +90,11 @@ def _resample(
     return np.concatenate(parts)
 
 
-def probability_of_improvement(ours: npt.ArrayLike, theirs: npt.ArrayLike) -> float:
-    """Return the probability that an episode goes better with ours, higher being better.
-
-    The share of the same episodes in which ours is higher; a tie counts one half.
-    """
-    return float(mean(improvements(ours, theirs)))
-
-
 def improvements(ours: npt.ArrayLike, theirs: npt.ArrayLike) -> Floats:
-    """Return 1 where ours is higher, 1/2 on a tie and 0 where it is lower, float64[n]."""
+    """Return 1 where ours is higher, 1/2 on a tie and 0 where it is lower, float64[n].
+
+    Over the same episodes; their mean is the probability of improvement (Agarwal et al. 2021).
+    """
     return (np.sign(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)) + 1) / 2
 
 

@@ -9,8 +9,8 @@ from mmrl.stats import (
     Interval,
     bootstrap,
     holm,
+    improvements,
     iqm,
-    probability_of_improvement,
     sign_flip_p,
 )
 
@@ -66,16 +66,16 @@ def test_interval_holds_within_the_range_of_the_values(values):
 
 
 def test_probability_of_improvement_pairs_episodes_and_halves_ties():
-    assert probability_of_improvement([1, 2, 3, 4], [0, 2, 4, 1]) == pytest.approx(2.5 / 4)
+    assert improvements([1, 2, 3, 4], [0, 2, 4, 1]).mean() == pytest.approx(2.5 / 4)
     # Unpaired, each of ours would beat half of theirs; paired, all of them win.
-    assert probability_of_improvement([1, 2, 3], [0, 1, 2]) == 1.0
+    assert improvements([1, 2, 3], [0, 1, 2]).mean() == 1.0
 
 
 @given(VALUES, VALUES)
 def test_improvement_one_way_is_the_loss_of_the_other(ours, theirs):
     n = min(len(ours), len(theirs))
-    one = probability_of_improvement(ours[:n], theirs[:n])
-    assert one + probability_of_improvement(theirs[:n], ours[:n]) == pytest.approx(1)
+    one = improvements(ours[:n], theirs[:n]).mean()
+    assert one + improvements(theirs[:n], ours[:n]).mean() == pytest.approx(1)
 
 
 def test_sign_flip_of_all_positive_differences():

@@ -45,9 +45,10 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for the page and plan.json.")] = Path("plan"),
 ) -> None:
     """Say whether a fleet fits, at which rates it meets its targets, and what a change brings."""
-    from mmrl.plan import ask, plan_site, sites, write_plan
+    from mmrl.plan import ask, check_place, plan_site, sites, write_plan
 
     question = ask(models, targets, lengths, trace or [], verbs)
+    check_place(out)
     player = _player(policy)
     name = Path(policy).name if policy else "the shipped policy"
     console = Console(stderr=True)

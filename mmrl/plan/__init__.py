@@ -5,7 +5,7 @@ under a policy and under the best hand-written rule, `write_plan` makes the page
 """
 
 from mmrl.plan.capacity import Answer, Player, plan_site, rule_player
-from mmrl.plan.page import write_plan
+from mmrl.plan.page import check_place, write_plan
 from mmrl.plan.question import Question, Site, ask, sites
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Question",
     "Site",
     "ask",
+    "check_place",
     "plan_site",
     "rule_player",
     "sites",

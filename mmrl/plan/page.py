@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 import mmrl
+from mmrl.errors import InputError
 from mmrl.files import atomic_write, write_json
 from mmrl.pages import Plot, plot_json, render_page
 from mmrl.plan.capacity import EPISODES, GOODPUT, Answer, Capacity, Curve
@@ -23,6 +24,17 @@ POLICIES = ("#7a5af8", "#d16ba5")
 GREY = "#98a3b3"
 FALLING = (1 + GOODPUT) / 2  # the curves are shown from a little below the first rate under this
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+
+
+def check_place(out: Path) -> None:
+    """Refuse a folder that holds something else than a plan.
+
+    Raises:
+        InputError: It does, or it is a file.
+    """
+    ours = out.is_dir() and ((out / ANSWERS).is_file() or not any(out.iterdir()))
+    if out.exists() and not ours:
+        raise InputError(f"{out} is there and holds no plan", "choose another --out")
 
 
 def write_plan(question: Question, answers: list[Answer], out: Path) -> Path:

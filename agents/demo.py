@@ -19,7 +19,7 @@ from mmrl.agents.evaluate import Watch, evaluate
 from mmrl.agents.report import write_report
 from mmrl.agents.results import Results, check_place, is_results
 from mmrl.errors import InputError
-from mmrl.files import write_json
+from mmrl.files import refuse_foreign, write_json
 from mmrl.workloads.readers import read_trace
 
 SCENARIO = "demo"
@@ -105,8 +105,7 @@ def _claim(out: Path) -> None:
     """Mark a new folder as a demo's; refuse one that holds something else."""
     if (out / MARK).is_file():
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there and holds no demo", "choose another --out")
+    refuse_foreign(out, False, "demo")
     write_json(out / MARK, {"trained_s": 0.0})
 
 

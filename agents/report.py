@@ -17,7 +17,7 @@ from mmrl.agents.report_data import Material, Report, curves, gather, trained_on
 from mmrl.agents.report_suite import suite_headline
 from mmrl.agents.results import Results
 from mmrl.errors import InputError
-from mmrl.files import atomic_write
+from mmrl.files import atomic_write, refuse_foreign
 from mmrl.pages import PLOTLY, render_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
@@ -51,11 +51,9 @@ def check_place(out: Path) -> None:
     """
     if out.suffix == ".html" or (out.exists() and not out.is_dir()):
         raise InputError(f"a report is a folder, {out} is a file", "for example --out report")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
     page = out / PAGE
-    if not page.is_file() or GENERATOR not in page.read_text("utf-8", "replace")[:1000]:
-        raise InputError(f"{out} is there and holds no report", "choose another --out")
+    ours = page.is_file() and GENERATOR in page.read_text("utf-8", "replace")[:1000]
+    refuse_foreign(out, ours, "report")
 
 
 def write_files(files: dict[str, str], out: Path) -> Path:

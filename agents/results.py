@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mmrl.agents.contenders import Contender
 from mmrl.agents.play import LATENCIES, Board, Played
 from mmrl.errors import InputError
-from mmrl.files import atomic_write, finite, write_json
+from mmrl.files import atomic_write, finite, refuse_foreign, write_json
 from mmrl.scenarios.registry import get_scenario
 from mmrl.stats import bootstrap, holm, improvements, iqm, sign_flip_p
 
@@ -149,10 +149,7 @@ def check_place(folder: Path) -> None:
     Raises:
         InputError: It does.
     """
-    if folder.exists() and not (
-        folder.is_dir() and (is_results(folder) or not any(folder.iterdir()))
-    ):
-        raise InputError(f"{folder} is there and holds no results", "choose another --out")
+    refuse_foreign(folder, is_results(folder), "results")
 
 
 def collect(

@@ -29,7 +29,7 @@ from mmrl.agents.suite_run import Watch, code_hash, plan, play_suite, trace_cell
 from mmrl.agents.suite_stats import Bootstrap
 from mmrl.agents.suite_verdicts import verdicts
 from mmrl.errors import InputError
-from mmrl.files import atomic_write, write_json
+from mmrl.files import atomic_write, refuse_foreign, write_json
 from mmrl.scenarios.suite import Cell, Suite, get_suite
 from mmrl.stats import CONFIDENCE
 
@@ -210,9 +210,7 @@ def check_place(folder: Path) -> None:
     Raises:
         InputError: It does.
     """
-    ours = folder.is_dir() and ((folder / RESULT).is_file() or not any(folder.iterdir()))
-    if folder.exists() and not ours:
-        raise InputError(f"{folder} is there and holds no benchmark result", "choose another --out")
+    refuse_foreign(folder, (folder / RESULT).is_file(), "benchmark result")
 
 
 def write(

@@ -61,6 +61,21 @@ def atomic_write(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[I
         raise MmrlError(f"disk full while writing {path}", "free some space and retry") from error
 
 
+def refuse_foreign(folder: Path, ours: bool, what: str) -> None:
+    """Refuse a folder to write into that holds something else.
+
+    Args:
+        folder: It may not be there, or be empty.
+        ours: Whether it holds what is to be written.
+        what: That, for the message.
+
+    Raises:
+        InputError: It holds something else, or is a file.
+    """
+    if folder.exists() and not (folder.is_dir() and (ours or not any(folder.iterdir()))):
+        raise InputError(f"{folder} is there and holds no {what}", "choose another --out")
+
+
 def read_toml(path: Path, kind: str) -> dict[str, Any]:
     """Read a TOML file.
 

@@ -45,7 +45,7 @@ from mmrl.deploy.validate.record import (
     numbers_of,
 )
 from mmrl.errors import InputError, MmrlError
-from mmrl.files import write_json
+from mmrl.files import refuse_foreign, write_json
 from mmrl.node.state import IDLE, LINK_IDLE, MISS_REFUSED, REFUSED
 from mmrl.rules import Rule, get_rule
 from mmrl.workloads.generators import ArrivalSpec, LengthSpec, WorkloadSpec, sample_trace
@@ -427,8 +427,7 @@ def _kept_plan(plan: Plan, config: ServeConfig, out: Path) -> dict[str, Any]:
         "workload": workload,
     }
     if not (out / PLAN).exists():
-        if out.exists() and any(out.iterdir()):
-            raise InputError(f"{out} is there and holds no plan of runs", "choose another --out")
+        refuse_foreign(out, False, "plan of runs")
         return mine
     try:
         kept: dict[str, Any] = json.loads((out / PLAN).read_text("utf-8"))

@@ -9,8 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 import mmrl
-from mmrl.errors import InputError
-from mmrl.files import atomic_write, write_json
+from mmrl.files import atomic_write, refuse_foreign, write_json
 from mmrl.pages import Plot, plot_json, render_page
 from mmrl.plan.capacity import EPISODES, GOODPUT, Answer, Capacity, Curve
 from mmrl.plan.question import Question
@@ -32,9 +31,7 @@ def check_place(out: Path) -> None:
     Raises:
         InputError: It does, or it is a file.
     """
-    ours = out.is_dir() and ((out / ANSWERS).is_file() or not any(out.iterdir()))
-    if out.exists() and not ours:
-        raise InputError(f"{out} is there and holds no plan", "choose another --out")
+    refuse_foreign(out, (out / ANSWERS).is_file(), "plan")
 
 
 def write_plan(question: Question, answers: list[Answer], out: Path) -> Path:

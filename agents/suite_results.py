@@ -130,7 +130,7 @@ def best_rules(cell: Cell, played: Sequence[Entry], results: Results) -> dict[st
 
     def standing(entry: Entry) -> tuple[float, float]:
         numbers = results[cell.name, entry.name].numbers
-        return _mean(numbers["goodput"]), -_mean(numbers["norm_latency"])
+        return mean(numbers["goodput"]), -mean(numbers["norm_latency"])
 
     rules = [entry for entry in played if entry.kind == "rule"]
     if not rules:
@@ -155,13 +155,13 @@ def _figures(
         draws = bootstrap.cell_means(number, np.stack(goodput, axis=1))
         for k, entry in enumerate(members):
             result = results[cell.name, entry.name]
-            found = interval(_mean(goodput[k]), draws[:, k])
+            found = interval(mean(goodput[k]), draws[:, k])
             rows.append(
                 {
                     "cell": cell.name,
                     "policy": entry.name,
                     "episodes": len(result.episode),
-                    **{name: _mean(result.numbers[name]) for name in NUMBERS},
+                    **{name: mean(result.numbers[name]) for name in NUMBERS},
                     "goodput_low": found.low,
                     "goodput_high": found.high,
                     "longest_wait_max_s": float(result.numbers["longest_wait_s"].max()),
@@ -219,7 +219,7 @@ def _compared_row(one: Comparison, seed: int) -> Row:
         "rule": one.against.name,
     }
     for name in COMPARED:
-        row |= _interval_columns(name, _mean(one.differences[name]), one.draws[name])
+        row |= _interval_columns(name, mean(one.differences[name]), one.draws[name])
     row["p"] = flip_p([one.differences["goodput"]], seed)
     return row
 
@@ -250,11 +250,11 @@ def _pools(comparisons: Sequence[Comparison], results: Results, bootstrap: Boots
             "cells": len(members),
         }
         for name in COMPARED:
-            estimate = _mean([_mean(one.differences[name]) for one in members])
+            estimate = mean([mean(one.differences[name]) for one in members])
             draws = np.mean([one.draws[name] for one in members], axis=0)
             row |= _interval_columns(name, estimate, draws)
-            row[f"{name}_reference"] = _mean(
-                [_mean(results[one.cell.name, one.against.name].numbers[name]) for one in members]
+            row[f"{name}_reference"] = mean(
+                [mean(results[one.cell.name, one.against.name].numbers[name]) for one in members]
             )
         ours = [(one.cell.name, e.name) for one in members for e in one.entrant.entries]
         theirs = [(one.cell.name, one.against.name) for one in members]
@@ -298,7 +298,7 @@ def _headroom(
         bound = results[cell.name, bounds[0].name].numbers["goodput"]
         best = best_rules(cell, played, results)
         rule = max(
-            (_mean(results[cell.name, best[c].name].numbers["goodput"]), best[c].name)
+            (mean(results[cell.name, best[c].name].numbers["goodput"]), best[c].name)
             for c in COMPARATORS
             if c in best
         )[1]
@@ -340,8 +340,8 @@ def _headroom_row(
         ],
         axis=0,
     )
-    gain = _mean([_mean(one[1]) for one in members])
-    room = _mean([_mean(one[2]) for one in members])
+    gain = mean([mean(one[1]) for one in members])
+    room = mean([mean(one[2]) for one in members])
     # The share of a head-room near zero says nothing; gain - half of it always does.
     excess = interval(gain - room / 2, draws[:, 0] - draws[:, 1] / 2)
     room_interval = interval(room, draws[:, 1])
@@ -376,12 +376,12 @@ def _zero_shot(
                 goodput = np.stack([results[key].numbers["goodput"] for key in keys])
                 means, split = bootstrap.cell_means(number, goodput.T), len(entrant.entries)
                 ours, theirs = means[:, :split], means[:, split:]
-                differences.append(_mean(goodput[:split]) - _mean(goodput[split:]))
+                differences.append(mean(goodput[:split]) - mean(goodput[split:]))
                 draws.append(bootstrap.over_seeds(ours) - bootstrap.over_seeds(theirs))
             if differences:
                 row = {"policy": entrant.name, "against": against, "cells": len(draws)}
                 row |= {"seeds": len(entrant.entries), "seeds_against": len(trained)}
-                row |= _interval_columns("goodput", _mean(differences), np.mean(draws, axis=0))
+                row |= _interval_columns("goodput", mean(differences), np.mean(draws, axis=0))
                 rows.append(row)
     return rows
 
@@ -413,7 +413,7 @@ def _interval_columns(name: str, estimate: float, draws: Draws) -> Row:
     return {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
-def _mean(values: npt.ArrayLike) -> float:
+def mean(values: npt.ArrayLike) -> float:
     """Return the mean of what is not NaN."""
     array = np.asarray(values, np.float64)
     array = array[np.isfinite(array)]

@@ -1,4 +1,7 @@
-"""`verify`: play a random sample of a benchmark's episodes again and compare bit for bit.
+"""`verify`: play a random sample of a benchmark again and compare bit for bit.
+
+With ``episodes.parquet`` beside the result the sample is of single episodes. Where that file was
+left out, for it is large, it is of whole (cell, policy) and their means are compared.
 
 Checked besides: the version of the suite, the hash of each cell, the rules' tuned parameters, the
 learned policies' files, and that the figures follow from the episodes.
@@ -16,9 +19,8 @@ from mmrl.agents.play import Piece, Played, play
 from mmrl.agents.pool import side_by_side
 from mmrl.agents.suite import EPISODES, RESULT, read
 from mmrl.agents.suite_policies import Entry, entries, policy_hash
-from mmrl.agents.suite_results import Row, rows_of
-from mmrl.agents.suite_run import NUMBERS, Task, code_hash, trace_cells
-from mmrl.errors import InputError
+from mmrl.agents.suite_results import Row, mean, rows_of
+from mmrl.agents.suite_run import NUMBERS, Task, Watch, code_hash, gather, trace_cells
 from mmrl.scenarios.suite import Cell, Suite, get_suite
 from mmrl.workloads.trace import Trace
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SAMPLE = 24
+ALL = -1  # in place of an episode's number: the means of all
 TOLERANCE = 1e-9  # relative, of means that are computed again
 
 
@@ -36,8 +39,9 @@ class Verification:
     Attributes:
         problems: What is wrong with the result, empty where nothing is.
         notes: What could not be checked, and why.
-        replayed: A row per replayed episode: ``cell``, ``policy``, ``episode``, ``same`` and, where
-            it is not, the metric that differs first (``differs``).
+        replayed: A row per replayed sample: ``cell``, ``policy``, ``episode`` (`ALL` where the
+            means of all were compared), ``same`` and, where it is not, the metric that differs
+            first (``differs``).
     """
 
     problems: list[str]
@@ -57,15 +61,18 @@ def verify(
     sample: int = SAMPLE,
     seed: int | None = None,
     workers: int = 1,
+    watch: Watch = lambda cell, done, total: None,
 ) -> Verification:
     """Verify a benchmark result.
 
     Args:
         path: Its ``result.json`` or folder.
         traces: Files of the trace, where the result has cells of one.
-        sample: How many (cell, policy, episode) to play again, half of them of learned policies.
+        sample: How many (cell, policy, episode) to play again, half of them of learned policies;
+            how many (cell, policy) where the episodes are not there.
         seed: Of the sample; another one each time unless given.
         workers: How many processes.
+        watch: Told the cell, and what is played and to play in all.
 
     Raises:
         InputError: There is no result, or the suite is unknown here.
@@ -76,20 +83,27 @@ def verify(
     folder = path if path.is_dir() else path.parent
     suite = get_suite(result["suite"])
     problems, notes = _versions(result, suite)
-    try:
-        data = (folder / EPISODES).read_bytes()
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        remedy = f"it belongs beside {RESULT}; without it, play the suite again and compare"
-        raise InputError(f"cannot read {folder / EPISODES}: {reason}", remedy) from error
-    if hashlib.sha256(data).hexdigest() != result["episodes_sha256"]:
-        problems.append(f"{EPISODES} is not the file that {RESULT} was made from")
-    table = pd.read_parquet(folder / EPISODES)
-    problems += _figures(result, table)
+    if (folder / EPISODES).exists():
+        digest = hashlib.sha256((folder / EPISODES).read_bytes()).hexdigest()
+        if digest != result["episodes_sha256"]:
+            problems.append(f"{EPISODES} is not the file that {RESULT} was made from")
+        told = pd.read_parquet(folder / EPISODES)
+        problems += _figures(result, told)
+    else:
+        told = pd.DataFrame(result["figures"]).assign(episode=ALL)
+        notes.append(f"there is no {EPISODES}: whole cells are played, and their means compared")
     cells = _cells(result, suite, traces, problems, notes)
     who = _entries(result, suite, [cell for cell, _ in cells.values()], folder, problems)
-    rng = np.random.default_rng(seed)
-    return Verification(problems, notes, _replay(suite, table, cells, who, sample, rng, workers))
+    told = told[told.cell.isin(list(cells)) & told.policy.isin(list(who))]
+    drawn = _sample(told, who, sample, np.random.default_rng(seed))
+    work = []
+    for row in drawn:
+        cell, windows = cells[row["cell"]]
+        count = _count(result, row["cell"], row["policy"])
+        episodes = tuple(range(cell.first, cell.first + count))
+        task = Task(cell, who[row["policy"]], episodes, windows[:count], Path())
+        work.append(_pieces(task, suite, row["episode"]))
+    return Verification(problems, notes, _replay(drawn, work, workers, watch))
 
 
 def _versions(result: dict[str, Any], suite: Suite) -> tuple[list[str], list[str]]:
@@ -174,66 +188,73 @@ def _entries(
     return found
 
 
-def _replay(
-    suite: Suite,
-    table: "pd.DataFrame",
-    cells: dict[str, tuple[Cell, tuple[Trace, ...]]],
-    who: dict[str, Entry],
-    sample: int,
-    rng: np.random.Generator,
-    workers: int,
-) -> list[Row]:
-    rows = table[table.cell.isin(list(cells)) & table.policy.isin(list(who))]
-    learned = rows.policy.isin([name for name, entry in who.items() if entry.kind == "learned"])
-    parts = [part for part in (rows[learned], rows[~learned]) if len(part)]
+def _count(result: dict[str, Any], cell: str, policy: str) -> int:
+    """Return how many episodes of a cell a policy played."""
+    return next(
+        row["episodes"]
+        for row in rows_of(result["figures"])
+        if (row["cell"], row["policy"]) == (cell, policy)
+    )
+
+
+def _sample(
+    told: "pd.DataFrame", who: dict[str, Entry], sample: int, rng: np.random.Generator
+) -> list["pd.Series[Any]"]:
+    """Draw rows, half of them of learned policies."""
+    learned = told.policy.isin([name for name, entry in who.items() if entry.kind == "learned"])
+    parts = [part for part in (told[learned], told[~learned]) if len(part)]
     drawn = []
     for part in parts:
         count = min(len(part), -(-sample // len(parts)))
         drawn += [part.iloc[k] for k in rng.choice(len(part), count, replace=False)]
-    work = []
-    for row in drawn:
-        mine = rows[(rows.cell == row["cell"]) & (rows.policy == row["policy"])]
-        episodes = tuple(sorted(mine.episode.tolist()))
-        work.append(
-            _piece(suite, *cells[row["cell"]], who[row["policy"]], episodes, row["episode"])
-        )
-    found: list[Row] = [{} for _ in work]
-    for k, played in side_by_side(play, work, workers):
-        found[k] = _compared(drawn[k], played)
-    return found
+    return drawn
 
 
-def _piece(
-    suite: Suite,
-    cell: Cell,
-    traces: tuple[Trace, ...],
-    entry: Entry,
-    episodes: tuple[int, ...],
-    episode: int,
-) -> Piece:
-    """Return what plays an episode as it was played.
+def _pieces(task: Task, suite: Suite, episode: int) -> list[Piece]:
+    """Return what plays an episode, or `ALL`, as it was played.
 
     A learned policy decides for episodes side by side: its matrix products depend in the last bit
     on how many there are, so that all of them are played. A rule decides for each by itself.
     """
-    task = Task(cell, entry, episodes, traces[: len(episodes)], Path())
-    piece = next(piece for piece in task.pieces(suite) if episode in piece.episodes)
-    if entry.kind != "rule":
-        return piece
-    k = piece.episodes.index(episode)
-    return replace(piece, episodes=(episode,), traces=piece.traces[k : k + 1])
+    pieces = task.pieces(suite)
+    if episode == ALL:
+        return pieces
+    piece = next(piece for piece in pieces if episode in piece.episodes)
+    if task.entry.kind == "rule":
+        k = piece.episodes.index(episode)
+        piece = replace(piece, episodes=(episode,), traces=piece.traces[k : k + 1])
+    return [piece]
 
 
-def _compared(told: "pd.Series[Any]", played: Played) -> Row:
-    row = next(row for row in played.episodes if row["episode"] == told["episode"])
+def _replay(
+    drawn: Sequence["pd.Series[Any]"], work: Sequence[list[Piece]], workers: int, watch: Watch
+) -> list[Row]:
+    """Play what was drawn and compare."""
+    pieces = [piece for part in work for piece in part]
+    owner = [k for k, part in enumerate(work) for _ in part]
+    parts: list[list[Played]] = [[] for _ in work]
+    watch("", 0, len(pieces))
+    for done, (index, played) in enumerate(side_by_side(play, pieces, workers), 1):
+        parts[owner[index]].append(played)
+        watch(played.piece.board, done, len(pieces))
+    return [_compared(told, part) for told, part in zip(drawn, parts, strict=True)]
+
+
+def _compared(told: "pd.Series[Any]", parts: Sequence[Played]) -> Row:
+    found = gather(parts)
+    if told["episode"] == ALL:
+        numbers = {name: mean(values) for name, values in found.numbers.items()}
+    else:
+        (k,) = np.flatnonzero(found.episode == told["episode"])
+        numbers = {name: values[k] for name, values in found.numbers.items()}
     differs = [
         name
         for name in NUMBERS
-        if not np.array_equal(np.float64(row[name]), np.float64(told[name]), equal_nan=True)
+        if not np.array_equal(np.float64(numbers[name]), np.float64(told[name]), equal_nan=True)
     ]
-    head = {name: told[name] for name in ("cell", "policy")}
     return {
-        **head,
+        "cell": told["cell"],
+        "policy": told["policy"],
         "episode": int(told["episode"]),
         "same": not differs,
         "differs": differs[0] if differs else "",

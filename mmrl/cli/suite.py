@@ -60,21 +60,29 @@ def verify(
     Raises:
         MmrlError: The result is not what the suite gives here.
     """
-    from mmrl.agents.suite_verify import SAMPLE, verify
+    from mmrl.agents.suite_verify import ALL, SAMPLE, verify
 
     console = Console(highlight=False)
-    with console.status("playing a sample again"):
-        found = verify(path, traces=traces, sample=sample or SAMPLE, seed=seed, workers=workers)
+    with progress(console, "parts", "comparing") as watch:
+        found = verify(
+            path,
+            traces=traces,
+            sample=sample or SAMPLE,
+            seed=seed,
+            workers=workers,
+            watch=watch,
+        )
     for note in found.notes:
         console.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
     for row in found.replayed:
         told = "[green]the same[/]" if row["same"] else f"[red]{row['differs']} differs[/]"
-        where = f"{row['cell']}, {row['policy']}, episode {row['episode']}"
+        which = "means" if row["episode"] == ALL else f"episode {row['episode']}"
+        where = f"{row['cell']}, {row['policy']}, {which}"
         console.print(f"{escape(where)}: {told}", soft_wrap=True)
     for problem in found.problems:
         console.print(f"[red]{escape(problem)}[/]", soft_wrap=True)
     same = sum(row["same"] for row in found.replayed)
-    console.print(f"{same} of {len(found.replayed)} replayed episodes are the same, bit for bit")
+    console.print(f"{same} of {len(found.replayed)} played again are the same, bit for bit")
     if not found.passed:
         raise MmrlError(f"{path} is not verified", "see what differs above")
 
@@ -177,11 +185,20 @@ def _print_verdicts(
 
 
 @contextmanager
-def progress(console: Console) -> Iterator["Watch"]:
+def progress(console: Console, what: str = "episodes", then: str = STATISTICS) -> Iterator["Watch"]:
     """Show the cell that was played last and a bar with the time left.
 
     Where the output is not a terminal, a line tells of every further twentieth.
+
+    Args:
+        console: Where to.
+        what: What is counted.
+        then: What goes on after the last cell.
     """
+
+    def now(cell: str, done: int, total: int) -> str:
+        return then if 0 < total == done else cell
+
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
@@ -192,7 +209,7 @@ def progress(console: Console) -> Iterator["Watch"]:
             nonlocal told
             if (step := done * 20 // max(1, total)) > told:
                 told = step
-                console.print(f"{done:,} of {total:,} episodes {_now(cell, done, total)}".rstrip())
+                console.print(f"{done:,} of {total:,} {what} {now(cell, done, total)}".rstrip())
 
         yield tell
         return
@@ -202,12 +219,7 @@ def progress(console: Console) -> Iterator["Watch"]:
 
         def show(cell: str, done: int, total: int) -> None:
             about = {"completed": done, "total": total}
-            what = _now(cell, done, total) or "compiling"
-            bar.update(task, description=what, **about)  # type: ignore[arg-type]
+            description = now(cell, done, total) or "compiling"
+            bar.update(task, description=description, **about)  # type: ignore[arg-type]
 
         yield show
-
-
-def _now(cell: str, done: int, total: int) -> str:
-    """Say what goes on: the cell that was played last, or what comes after all of them."""
-    return STATISTICS if 0 < total == done else cell

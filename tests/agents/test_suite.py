@@ -15,7 +15,7 @@ from mmrl.agents.suite import EPISODES, RESULT, evaluate_suite, read
 from mmrl.agents.suite_freeze import freeze
 from mmrl.agents.suite_policies import entries
 from mmrl.agents.suite_results import rows_of
-from mmrl.agents.suite_verify import verify
+from mmrl.agents.suite_verify import ALL, verify
 from mmrl.cli.app import app
 from mmrl.cli.suite import print_result
 from mmrl.errors import InputError
@@ -228,6 +228,22 @@ def test_an_unchanged_result_is_verified(folder, result):
     found = verify(folder / "out" / "first" / RESULT, sample=6, seed=1)
     assert found.passed and len(found.replayed) == 6
     assert {row["policy"] for row in found.replayed} & {"mine seed 0", "mine seed 1"}
+
+
+def test_without_its_episodes_whole_cells_are_played_again(folder, result, tmp_path):
+    place = tmp_path / "copy"
+    shutil.copytree(folder / "out" / "first", place)
+    (place / EPISODES).unlink()
+    found = verify(place, sample=6, seed=1)
+    assert found.passed and len(found.replayed) == 6
+    assert {row["episode"] for row in found.replayed} == {ALL}
+    assert any("whole cells are played" in note for note in found.notes)
+
+    told = read(place)
+    told["figures"]["goodput"] = [value * 0.999 for value in told["figures"]["goodput"]]
+    write_json(place / RESULT, told)
+    found = verify(place, sample=4, seed=1)
+    assert not found.passed and {row["differs"] for row in found.replayed} == {"goodput"}
 
 
 def test_what_was_changed_is_found(folder, result, tmp_path):

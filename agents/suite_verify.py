@@ -190,11 +190,9 @@ def _entries(
 
 def _count(result: dict[str, Any], cell: str, policy: str) -> int:
     """Return how many episodes of a cell a policy played."""
-    return next(
-        row["episodes"]
-        for row in rows_of(result["figures"])
-        if (row["cell"], row["policy"]) == (cell, policy)
-    )
+    figures = result["figures"]
+    at = list(zip(figures["cell"], figures["policy"], strict=True)).index((cell, policy))
+    return int(figures["episodes"][at])
 
 
 def _sample(

@@ -92,6 +92,7 @@ class RunCallback(BaseCallback):
         self._champion_goodput: np.ndarray[Any, Any] | None = None
         self._best = -np.inf
         self._next_eval = 0
+        self._saved_at = -1  # steps of what is on disk
         self._stop = False
         self._began_s = time.monotonic()
         self._elapsed_before_s = 0.0
@@ -158,7 +159,8 @@ class RunCallback(BaseCallback):
             self._progress.update(self.num_timesteps, scalars)
 
     def _on_training_end(self) -> None:
-        if not self._stop:
+        # Stopped before an iteration, it is written already; stopped in the last one, it is not.
+        if self._saved_at != self.num_timesteps:
             self._save(over=True)
             self.logger.dump(self.num_timesteps)
 
@@ -204,12 +206,12 @@ class RunCallback(BaseCallback):
         """Evaluate if it is time to, write the policy, and the state to continue from.
 
         Args:
-            over: Whether training ends here, and not because somebody stops it.
+            over: Whether training ends here, though nobody stopped it.
         """
         policy = self.export()
         step = self.num_timesteps
         write = {runs.LAST}
-        if (over or step >= self._next_eval) and not self._stop:
+        if over or (step >= self._next_eval and not self._stop):
             if step == 0:
                 write.add(runs.STEP0)
             write.add(f"{runs.CHECKPOINTS}/step_{step:09d}")
@@ -224,6 +226,7 @@ class RunCallback(BaseCallback):
         state = snapshot(self.model, self._nodes)
         state |= {"best": self._best, "next_eval": self._next_eval, "elapsed_s": self._elapsed_s()}
         write_state(self._folder, state | {"beat": self._beat})
+        self._saved_at = step
 
     def _evaluate(self, policy: ExportedPolicy) -> float:
         """Log how a policy does on the development episodes; return its score."""

@@ -234,13 +234,16 @@ class EventTimePPO(MaskablePPO):
         policy = self.policy
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
-        parameters = list(policy.parameters())
+        # While only the critic learns the actor has no gradients at all: zeros would age Adam's
+        # averages, and its first steps would be two to three times too long.
+        acting = self._n_updates >= self.critic_first * self.n_epochs
+        parameters = list((policy if acting else policy.critic).parameters())
         samples = self.rollout_buffer.samples()._replace(observations=self._observations)
         samples = samples.to(self.device)
         statistics: list[th.Tensor] = []
 
         def gradients_of(rows: th.Tensor) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
-            return self._gradients(samples.at(rows.to(self.device)), parameters)
+            return self._gradients(samples.at(rows.to(self.device)), parameters, acting)
 
         assert self.batch_size is not None
         chunk = self.batch_size if self._on_gpu else CHUNK
@@ -264,9 +267,15 @@ class EventTimePPO(MaskablePPO):
         self._record(th.stack(statistics).sum(0) / decisions)
 
     def _gradients(
-        self, chunk: Samples, parameters: list[th.nn.Parameter]
+        self, chunk: Samples, parameters: list[th.nn.Parameter], acting: bool
     ) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
-        """Return the gradients of the loss summed over a chunk, and the sums of `STATISTICS`."""
+        """Return the gradients of the loss summed over a chunk, and the sums of `STATISTICS`.
+
+        Args:
+            chunk: The decisions.
+            parameters: What the gradients are of.
+            acting: Whether the actor learns, too.
+        """
         log_probs = self.policy.log_probs(chunk.observations, chunk.action_masks)
         log_prob = of_actions(log_probs, chunk.actions)
         log_ratio = log_prob - chunk.old_log_prob
@@ -278,8 +287,9 @@ class EventTimePPO(MaskablePPO):
         price = self.ent_coef * (chunk.pace * divergence).sum()
         values = self.policy.predict_values(chunk.observations)
         value_loss = F.mse_loss(values.flatten(), chunk.returns, reduction="sum")
-        acting = float(self._n_updates >= self.critic_first * self.n_epochs)
-        loss = acting * (policy_loss + price) + self.vf_coef * value_loss
+        loss = self.vf_coef * value_loss
+        if acting:
+            loss = loss + policy_loss + price
         gradients = th.autograd.grad(loss, parameters)
         with th.no_grad():
             kl = (ratio - 1 - log_ratio).sum()  # Schulman's estimate of the KL divergence

@@ -128,7 +128,8 @@ class Results:
             tables = [pd.read_parquet(folder / f"{name}.parquet") for name in TABLES]
             timelines = json.loads((folder / "timelines.json").read_text("utf-8"))
         except FileNotFoundError:
-            missing = next(n for n in FILES if not (folder / n).is_file())
+            # All are there again where another process put new results in their place just now.
+            missing = next((n for n in FILES if not (folder / n).is_file()), SUMMARY)
             raise InputError(f"{folder} holds no results: {missing} is missing", remedy) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: cannot read the results: {error}", remedy) from error
@@ -139,17 +140,25 @@ class Results:
 
 
 def is_results(folder: Path) -> bool:
-    """Whether a folder looks like one of results."""
-    return (folder / SUMMARY).is_file()
+    """Whether a folder holds results: its summary says so, and not its name alone."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and {"version", "boards"} <= summary.keys()
 
 
 def check_place(folder: Path) -> None:
-    """Refuse a place for results that holds something else.
+    """Refuse a place for results that holds anything else: the folder is replaced whole.
 
     Raises:
         InputError: It does.
     """
-    refuse_foreign(folder, is_results(folder), "results")
+    ours = is_results(folder)
+    refuse_foreign(folder, ours, "results")
+    others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if ours else []
+    if others:
+        raise InputError(f"{folder} holds {others[0]} beside results", "choose another --out")
 
 
 def collect(

@@ -210,7 +210,11 @@ def check_place(folder: Path) -> None:
     Raises:
         InputError: It does.
     """
-    refuse_foreign(folder, (folder / RESULT).is_file(), "benchmark result")
+    try:
+        ours = "suite_hash" in json.loads((folder / RESULT).read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    refuse_foreign(folder, ours, "benchmark result")
 
 
 def write(
@@ -229,10 +233,9 @@ def write(
     result["episodes_sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
     write_json(out / RESULT, result, indent=None)
     kept = {folder_name(entry) for entry in who if entry.path is not None}
-    if (out / POLICIES).is_dir():
-        for folder in (out / POLICIES).iterdir():
-            if folder.name not in kept:
-                shutil.rmtree(folder)
+    for folder in (out / POLICIES).glob(f"*-{'[0-9a-f]' * 8}"):  # as `folder_name` has them
+        if folder.name not in kept:
+            shutil.rmtree(folder)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -94,9 +94,9 @@ def command(
     from mmrl.deploy import replay
     from mmrl.deploy import replay_results as results
 
-    check_place(place)
     if is_results(place):  # what was measured live, perhaps for hours, cannot be had again
         raise InputError(f"{place} holds the results of another run", "choose another --out")
+    check_place(place)
     served = asyncio.run(_served(url))
     with console.status(f"reading ({COMPILING})"):
         if scenario:

@@ -139,6 +139,15 @@ def test_results_do_not_replace_anything_else(results, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="holds no results"):
         results.write(tmp_path)
+    (tmp_path / "summary.json").write_text('{"loss": 0.1}')  # of another tool
+    with pytest.raises(InputError, match="holds no results"):
+        results.write(tmp_path)
+    (tmp_path / "thesis.tex").rename(tmp_path.with_suffix(".tex"))
+    (tmp_path / "summary.json").unlink()
+    results.write(tmp_path)
+    tmp_path.with_suffix(".tex").rename(tmp_path / "thesis.tex")
+    with pytest.raises(InputError, match=r"thesis\.tex beside results"):
+        results.write(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 

@@ -136,6 +136,21 @@ def test_a_large_value_loss_does_not_freeze_the_policy() -> None:
         assert th.allclose(small[name], large[name], rtol=0.2, atol=1e-4)
 
 
+def test_while_the_critic_learns_alone_the_actor_is_not_touched() -> None:
+    model = learner(LongestQueue(), LAYOUT, critic_first=1)
+    before = {name: value.clone() for name, value in model.policy.actor.state_dict().items()}
+    critic = [value.clone() for value in model.policy.critic.parameters()]
+    model.learn(32 * 32)
+    assert all(th.equal(model.policy.actor.state_dict()[name], before[name]) for name in before)
+    assert not all(map(th.equal, critic, model.policy.critic.parameters()))
+    # Nor are the averages of its gradients: its first step is the first of all.
+    state = model.policy.optimizer.state
+    assert not any(parameter in state for parameter in model.policy.actor.parameters())
+    model.learn(32 * 32)
+    steps = {int(state[parameter]["step"]) for parameter in model.policy.actor.parameters()}
+    assert steps == {2 * 32 * 32 // 256}
+
+
 def test_the_price_of_a_deviation_grows_with_the_pace_of_a_node() -> None:
     model = learner(LongestQueue(), LAYOUT, ent_coef=0.01)
     model.learn(32 * 32)
@@ -143,7 +158,7 @@ def test_the_price_of_a_deviation_grows_with_the_pace_of_a_node() -> None:
     alone = samples._replace(advantages=th.zeros_like(samples.advantages))  # nothing to be gained
     actor = list(model.policy.actor.parameters())
     quick, slow = (
-        model._gradients(alone._replace(pace=th.full_like(alone.pace, pace)), actor)[0]
+        model._gradients(alone._replace(pace=th.full_like(alone.pace, pace)), actor, True)[0]
         for pace in (1.0, 3.0)
     )
     assert max(gradient.abs().max() for gradient in quick) > 1e-3

@@ -300,7 +300,7 @@ def test_wrong_names_are_told(folder, result, names, message):
 
 
 def test_wrong_places_and_cells_are_told(folder, result, tmp_path):
-    (tmp_path / "x").write_text("mine")
+    (tmp_path / "result.json").write_text('{"mine": 1}')
     with pytest.raises(InputError, match="holds no benchmark result"):
         evaluate_suite(folder / "tiny.toml", [], tmp_path)
     with pytest.raises(InputError, match="unknown cell"):

@@ -1,4 +1,5 @@
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,19 +80,32 @@ def same(one: Any, other: Any) -> bool:
     return bool(th.equal(one, other)) if isinstance(one, th.Tensor) else bool(one == other)
 
 
+class Stop:
+    """Presses Ctrl-C in the iteration that ends at a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def update(self, step: int, scalars: dict[str, float]) -> None:
+        if step == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_stopped_in_its_last_iteration_is_complete(scenario: str, tmp_path: Path) -> None:
+    ends = [
+        train(small(scenario, tmp_path, name=name, steps=1024), progress)
+        for name, progress in (("whole", None), ("stopped", Stop(1024)))
+    ]
+    whole, stopped = map(state, ends)
+    assert stopped["steps"] == 1024 and same(whole["policy"], stopped["policy"])
+    assert [load_policy(end / runs.LAST).card.steps for end in ends] == [1024, 1024]
+
+
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(scenario: str, tmp_path: Path) -> None:
     whole = train(small(scenario, tmp_path, name="whole", steps=3072, critic_first=1))
 
-    class Stop:
-        """Presses Ctrl-C in the third iteration."""
-
-        def update(self, step: int, scalars: dict[str, float]) -> None:
-            if step == 3 * 512:
-                import signal
-
-                signal.raise_signal(signal.SIGINT)
-
-    stopped = train(small(scenario, tmp_path, name="stopped", steps=3072, critic_first=1), Stop())
+    small_run = small(scenario, tmp_path, name="stopped", steps=3072, critic_first=1)
+    stopped = train(small_run, Stop(3 * 512))
     assert state(stopped)["steps"] == 3 * 512
     assert load_policy(stopped / runs.LAST).card.steps == 3 * 512
     assert not same(state(whole)["policy"], state(stopped)["policy"])

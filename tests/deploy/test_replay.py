@@ -864,21 +864,22 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
 
 
 @pytest.mark.parametrize(
-    ("file", "message"),
+    ("file", "content", "message"),
     [
-        ("notes.txt", "is there and holds no results"),
-        ("summary.json", "holds the results of another run"),
+        ("notes.txt", "mine", "is there and holds no results"),
+        ("summary.json", '{"version": 1, "boards": []}', "holds the results of another run"),
+        ("summary.json", '{"loss": 0.1}', "is there and holds no results"),
     ],
 )
 def test_a_folder_that_holds_anything_is_not_overwritten(
-    trace: Path, tmp_path: Path, file: str, message: str
+    trace: Path, tmp_path: Path, file: str, content: str, message: str
 ) -> None:
     out = tmp_path / "live"
     out.mkdir()
-    (out / file).write_text("mine")
+    (out / file).write_text(content)
     result = replay(str(trace), "--url", "http://127.0.0.1:9", "--out", str(out))
     assert isinstance(result.exception, InputError) and message in str(result.exception)
-    assert (out / file).read_text() == "mine"
+    assert (out / file).read_text() == content
 
 
 def test_without_a_server_the_message_says_so(trace: Path, tmp_path: Path) -> None:

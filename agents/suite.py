@@ -20,6 +20,7 @@ from mmrl.agents.provenance import provenance
 from mmrl.agents.suite_policies import Entry, entries
 from mmrl.agents.suite_results import (
     Results,
+    Row,
     Tables,
     columns,
     entrants,
@@ -109,6 +110,25 @@ def document(
     traces: Sequence[Path],
 ) -> dict[str, Any]:
     """Put together the content of ``result.json``, but for the hash of the episodes."""
+    return {
+        "format": FORMAT,
+        "suite": suite.place,
+        "suite_hash": suite.hash,
+        "complete": full,
+        "episodes": episodes,
+        "code_hash": code_hash(),
+        "bootstrap": {"seed": seed, "confidence": CONFIDENCE},
+        "cells": columns([_cell_row(cell) for cell in cells]),
+        "policies": columns([_policy_row(entry) for entry in who]),
+        "params": {entry.name: _short(entry.params) for entry in who if entry.params},
+        **{name: columns(rows) for name, rows in tables_of(tables, cells, who).items()},
+        "unsuited": columns([{"cell": cell, "policy": policy} for cell, policy in unsuited]),
+        "provenance": provenance([], traces=[path.name for path in traces]),
+    }
+
+
+def tables_of(tables: Tables, cells: Sequence[Cell], who: Sequence[Entry]) -> dict[str, list[Row]]:
+    """Return the tables of ``result.json`` by name, the verdicts among them."""
     about = {cell.name: {"platform": cell.platform, "group": cell.group} for cell in cells}
     compared = [{**row, **about[row["cell"]]} for row in tables.compared]
     judged = [
@@ -124,24 +144,12 @@ def document(
         )
     ]
     return {
-        "format": FORMAT,
-        "suite": suite.place,
-        "suite_hash": suite.hash,
-        "complete": full,
-        "episodes": episodes,
-        "code_hash": code_hash(),
-        "bootstrap": {"seed": seed, "confidence": CONFIDENCE},
-        "cells": columns([_cell_row(cell) for cell in cells]),
-        "policies": columns([_policy_row(entry) for entry in who]),
-        "params": {entry.name: _short(entry.params) for entry in who if entry.params},
-        "figures": columns(tables.figures),
-        "compared": columns(compared),
-        "pools": columns(tables.pools),
-        "headroom": columns(tables.headroom),
-        "zero_shot": columns(tables.zero_shot),
-        "verdicts": columns(judged),
-        "unsuited": columns([{"cell": cell, "policy": policy} for cell, policy in unsuited]),
-        "provenance": provenance([], traces=[path.name for path in traces]),
+        "figures": tables.figures,
+        "compared": compared,
+        "pools": tables.pools,
+        "headroom": tables.headroom,
+        "zero_shot": tables.zero_shot,
+        "verdicts": judged,
     }
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mmrl.agents.suite_policies import COMPARATORS, Entry
 from mmrl.agents.suite_run import NUMBERS, CellResult, ttft_quantile
-from mmrl.agents.suite_stats import Bootstrap, Draws, flip_p, interval
+from mmrl.agents.suite_stats import Bootstrap, Draws, interval, p_value
 from mmrl.errors import InputError
 from mmrl.files import finite
 from mmrl.scenarios.suite import Cell
@@ -220,7 +220,7 @@ def _compared_row(one: Comparison, seed: int) -> Row:
     }
     for name in COMPARED:
         row |= _interval_columns(name, mean(one.differences[name]), one.draws[name])
-    row["p"] = flip_p([one.differences["goodput"]], seed)
+    row["p"] = p_value([one.differences["goodput"]], one.draws["goodput"], seed)
     return row
 
 
@@ -249,10 +249,10 @@ def _pools(comparisons: Sequence[Comparison], results: Results, bootstrap: Boots
             "reference": reference,
             "cells": len(members),
         }
+        draws = {name: np.mean([one.draws[name] for one in members], axis=0) for name in COMPARED}
         for name in COMPARED:
             estimate = mean([mean(one.differences[name]) for one in members])
-            draws = np.mean([one.draws[name] for one in members], axis=0)
-            row |= _interval_columns(name, estimate, draws)
+            row |= _interval_columns(name, estimate, draws[name])
             row[f"{name}_reference"] = mean(
                 [mean(results[one.cell.name, one.against.name].numbers[name]) for one in members]
             )
@@ -260,7 +260,8 @@ def _pools(comparisons: Sequence[Comparison], results: Results, bootstrap: Boots
         theirs = [(one.cell.name, one.against.name) for one in members]
         row["all_ttft_p99_s"] = _pooled_p99(ours, results)
         row["all_ttft_p99_s_reference"] = _pooled_p99(theirs, results)
-        row["p"] = flip_p([one.differences["goodput"] for one in members], bootstrap.seed)
+        differences = [one.differences["goodput"] for one in members]
+        row["p"] = p_value(differences, draws["goodput"], bootstrap.seed)
         rows.append(row)
     _mark_stronger(rows)
     policies = list(dict.fromkeys(row["policy"] for row in rows))
@@ -377,7 +378,7 @@ def _zero_shot(
                 means, split = bootstrap.cell_means(number, goodput.T), len(entrant.entries)
                 ours, theirs = means[:, :split], means[:, split:]
                 differences.append(mean(goodput[:split]) - mean(goodput[split:]))
-                draws.append(bootstrap.over_seeds(ours) - bootstrap.over_seeds(theirs))
+                draws.append(bootstrap.over_seeds(ours) - bootstrap.over_seeds(theirs, side=1))
             if differences:
                 row = {"policy": entrant.name, "against": against, "cells": len(draws)}
                 row |= {"seeds": len(entrant.entries), "seeds_against": len(trained)}

@@ -2,8 +2,9 @@
 
 A difference stands in a matrix, training seeds by episodes; every draw takes seeds with replacement
 (the same ones in all cells) and, in each cell, episodes with replacement. With one seed that is the
-ordinary paired bootstrap. Two-sided p-values are of random sign flips of the episodes'
-differences, averaged over seeds.
+ordinary paired bootstrap. Two-sided p-values are of random sign flips of the episodes' differences
+where there is one seed; flips would not see that seeds differ, so that of several the p-value is
+that of the draws, too: the level at which their interval begins to exclude zero.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ class Bootstrap:
 
     def __init__(self, seed: int = 0, resamples: int = RESAMPLES) -> None:
         self.seed, self.resamples = seed, resamples
-        self._seed_weights: dict[int, Draws] = {}
+        self._seed_weights: dict[tuple[int, int], Draws] = {}
         self._last: tuple[tuple[int, int], Draws] = (-1, -1), np.empty((0, 0), np.float32)
 
     def cell_means(self, number: int, columns: Floats) -> Draws:
@@ -54,16 +55,21 @@ class Bootstrap:
             self._last = (number, n), weights.astype(np.float32)
         return self._last[1]
 
-    def over_seeds(self, means: Draws) -> Draws:
-        """Return the mean over drawn seeds, float32[resamples], of float32[resamples, S]."""
+    def over_seeds(self, means: Draws, side: int = 0) -> Draws:
+        """Return the mean over drawn seeds, float32[resamples], of float32[resamples, S].
+
+        Args:
+            means: Of each seed.
+            side: Of a comparison: seeds of the two sides have nothing to do with each other.
+        """
         count = means.shape[1]
         if count == 1:
             return means[:, 0]
-        if count not in self._seed_weights:
-            rng = np.random.default_rng((self.seed, 2, count))
+        if (count, side) not in self._seed_weights:
+            rng = np.random.default_rng((self.seed, 2 + side, count))
             weights = rng.multinomial(count, np.full(count, 1 / count), self.resamples)
-            self._seed_weights[count] = (weights / count).astype(np.float32)
-        return np.asarray((means * self._seed_weights[count]).sum(axis=1), np.float32)
+            self._seed_weights[count, side] = (weights / count).astype(np.float32)
+        return np.asarray((means * self._seed_weights[count, side]).sum(axis=1), np.float32)
 
 
 def interval(estimate: float, draws: Draws) -> Interval:
@@ -75,11 +81,19 @@ def interval(estimate: float, draws: Draws) -> Interval:
     return Interval(float(estimate), float(low), float(high))
 
 
-def flip_p(differences: Sequence[Floats], seed: int) -> float:
+def p_value(differences: Sequence[Floats], draws: Draws, seed: int) -> float:
     """Return the p-value of the differences of cells, each float64[S, n], taken together.
 
     Every cell counts the same: its differences are scaled by the number of its episodes.
+
+    Args:
+        differences: Of each cell.
+        draws: float32[resamples], of their mean.
+        seed: Of the flips.
     """
+    if len(differences[0]) > 1:
+        beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+        return min(1.0, 2 * (beyond + 1) / (len(draws) + 1))
     flat = []
     for matrix in differences:
         values = matrix.mean(axis=0)

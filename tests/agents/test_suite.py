@@ -246,6 +246,36 @@ def test_without_its_episodes_whole_cells_are_played_again(folder, result, tmp_p
     assert not found.passed and {row["differs"] for row in found.replayed} == {"goodput"}
 
 
+@pytest.mark.parametrize("episodes", ["there", "left out"])
+@pytest.mark.parametrize(
+    ("table", "column", "told"),
+    [
+        ("compared", "goodput", 0.2),
+        ("pools", "goodput", 0.2),
+        ("verdicts", "met", "turned"),
+        ("pools", "goodput_low", 0.2),
+        ("pools", "p", 0.1),
+    ],
+)
+def test_tables_that_do_not_follow_are_found(
+    folder, result, tmp_path, table, column, told, episodes
+):
+    place = tmp_path / "copy"
+    shutil.copytree(folder / "out" / "first", place)
+    forged = read(place)
+    values = forged[table][column]
+    k = next(k for k, value in enumerate(values) if value is not None)
+    values[k] = not values[k] if told == "turned" else values[k] + told
+    write_json(place / RESULT, forged)
+    if episodes == "left out":
+        (place / EPISODES).unlink()
+    found = verify(place, sample=0)
+    if episodes == "left out" and column in ("goodput_low", "p"):
+        assert any("are not computed again" in note for note in found.notes)
+    else:
+        assert any(f"{table}, " in problem for problem in found.problems)
+
+
 def test_what_was_changed_is_found(folder, result, tmp_path):
     place = tmp_path / "copy"
     shutil.copytree(folder / "out" / "first", place)

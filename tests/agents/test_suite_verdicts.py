@@ -5,7 +5,7 @@ import pytest
 
 from mmrl.agents.suite_results import adjust
 from mmrl.agents.suite_run import BINS, ttft_counts, ttft_quantile
-from mmrl.agents.suite_stats import Bootstrap, flip_p, interval
+from mmrl.agents.suite_stats import Bootstrap, interval, p_value
 from mmrl.agents.suite_verdicts import verdicts
 
 NAMES = (
@@ -165,7 +165,28 @@ def test_an_episode_without_requests_says_nothing():
     means = Bootstrap(resamples=50).cell_means(0, columns)
     assert (means[:, 0] == 1.0).all()
     assert set(means[:, 1].tolist()) <= {0.0, 3.0} and (means[:, 1] == 3.0).mean() > 0.8
-    assert flip_p([np.array([[np.nan, 0.0, 0.0]])], 0) == 1.0
+    none = np.zeros(100, np.float32)
+    assert p_value([np.array([[np.nan, 0.0, 0.0]])], none, 0) == 1.0
+    assert p_value([np.zeros((2, 3))], none, 0) == 1.0
+
+
+def test_seeds_that_disagree_are_not_sure_however_many_the_episodes():
+    episodes = np.random.default_rng(0).normal(0.01, 0.05, 1000)
+    agreed, split = np.stack([episodes] * 4), np.stack([episodes, episodes, -episodes, episodes])
+    bootstrap = Bootstrap(0)
+    found = {}
+    for name, matrix in (("agreed", agreed), ("split", split)):
+        draws = bootstrap.over_seeds(bootstrap.cell_means(0, matrix.T))
+        found[name] = p_value([matrix], draws, 0), interval(float(matrix.mean()), draws).low > 0
+    assert found["agreed"][0] < 0.001 and found["agreed"][1]
+    assert found["split"][0] > 0.05 and not found["split"][1]
+
+
+def test_seeds_of_two_sides_are_drawn_apart():
+    bootstrap = Bootstrap(0)
+    means = np.tile(np.array([0.0, 0.02], np.float32), (bootstrap.resamples, 1))
+    draws = bootstrap.over_seeds(means) - bootstrap.over_seeds(means, side=1)
+    assert np.quantile(draws, [0.025, 0.975]) == pytest.approx([-0.02, 0.02])
 
 
 def test_ttft_quantiles_are_right_to_a_percent():

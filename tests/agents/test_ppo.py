@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from mmrl.agents.nodes import NodePlan, TrainingNodes
+from mmrl.agents.nodes import NodePlan, Played, TrainingNodes
 from mmrl.agents.policy import EquivariantPolicy
 from mmrl.agents.ppo import EventTimePPO
 from mmrl.agents.processes import NodeProcesses
@@ -88,6 +88,84 @@ def test_it_finds_a_known_optimum_and_never_does_what_is_illegal() -> None:
     obs = env.reset()
     actions, _ = model.predict(obs, deterministic=True, action_masks=env.masks)
     assert (actions == env.right).mean() > 0.9
+
+
+class Script:
+    """Two nodes of four whose rollouts are written down; what is seen is one number."""
+
+    def __init__(self, first: int) -> None:
+        rng = np.random.default_rng(first)
+        self.rows = slice(first, first + 2)
+        self.seen = rng.normal(size=(5, 2))  # before each of four decisions, and after
+        self.rewards, self.last_seen = rng.normal(size=(4, 2)), rng.normal(size=(4, 2))
+        self.dt_s = rng.uniform(0, 20, (4, 2))
+        self.dt_s[2] = 0  # a second action at the same instant
+        self.stretch = np.array([1.0, 2.5])
+        self.ends = np.zeros((4, 2), bool)
+        self.ends[1, 1] = self.ends[3, 0] = True
+        self.truncated = self.ends & (first == 2)
+        self.step_ = 0
+        self.last_reward_terms = np.zeros((2, 2))
+
+    @staticmethod
+    def observation(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        found = np.zeros((len(values), LAYOUT.actor_size), np.float32)
+        found[:, 0] = values
+        return found
+
+    @property
+    def last_dt_s(self) -> npt.NDArray[np.float64]:
+        return self.dt_s[self.step_ - 1]
+
+    def pace(self) -> npt.NDArray[np.float64]:
+        return self.stretch
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        return np.ones((2, LAYOUT.num_actions), bool)
+
+    def step(self, actions: npt.NDArray[np.int64]) -> Played:
+        t, self.step_ = self.step_, self.step_ + 1
+        infos = [
+            {
+                "TimeLimit.truncated": bool(self.truncated[t, n]),
+                "terminal_observation": self.observation(self.last_seen[t, n : n + 1])[0],
+            }
+            for n in range(2)
+        ]
+        return Played(self.observation(self.seen[t + 1]), self.rewards[t], self.ends[t], infos)
+
+
+def test_returns_are_those_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over time that is uneven and stretched, past ends that are the world's and the clock's."""
+    parts = [Script(0), Script(2)]
+
+    class Two(LongestQueue):
+        def __init__(self) -> None:
+            VecEnv.__init__(self, 4, LAYOUT.observation_space, LAYOUT.action_space)
+            self.parts = parts
+
+        def reset(self) -> npt.NDArray[np.float32]:
+            return Script.observation(np.concatenate([part.seen[0] for part in parts]))
+
+    model = learner(Two(), LAYOUT, n_steps=4, batch_size=16, reward_scale=0.5)
+    monkeypatch.setattr(model.policy, "predict_values", lambda seen: seen[:, :1])
+    _, callback = model._setup_learn(16)
+    assert isinstance(model.env, VecEnv)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 4)
+    for n in range(4):
+        part, k = parts[n // 2], n % 2
+        advantage = 0.0
+        for t in (3, 2, 1, 0):
+            value, following = part.seen[t, k], part.seen[t + 1, k]
+            if part.ends[t, k]:  # what follows is another episode
+                advantage = 0.0
+                following = part.last_seen[t, k] if part.truncated[t, k] else 0.0
+            dt_s = part.dt_s[t, k] / part.stretch[k]
+            gamma, lam = np.exp(-dt_s / 15), np.exp(-dt_s / 6)
+            reward = 0.5 * part.rewards[t, k] / part.stretch[k]
+            advantage = reward + gamma * (following + lam * advantage) - value
+            found = model.rollout_buffer.returns[t, n]
+            assert found == pytest.approx(advantage + value, abs=1e-5), (t, n)
 
 
 def trained(busy: Scenario, processes: int = 0, **settings: Any) -> dict[str, th.Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mmrl.agents import runs
 from mmrl.agents.export import DEFAULT, DESCRIPTION, load_policy
 from mmrl.bounds import PLANNERS, Planner
 from mmrl.errors import InputError, nearest
@@ -23,7 +24,6 @@ from mmrl.scenarios.registry import get_scenario
 CHAMPION = "slack"
 AT_TUNED = "@tuned"
 STEP0 = "@step0"
-BEST_FOLDER, STEP0_FOLDER = "policy_best", "policy_step0"  # as in mmrl.agents.runs, without torch
 Kind = Literal["rule", "learned", "live", "step0", "bound"]
 CLAIRVOYANT = "clairvoyant"
 
@@ -164,25 +164,20 @@ def _named(name: str) -> list[Contender]:
 def _learned(path: Path, label: str) -> list[Contender]:
     """Return the policy of a run and the one it started from, or an exported policy."""
     load_policy(path)  # says what is wrong now rather than in another process
-    if not is_run(path):
+    if not runs.is_run(path):
         return [Contender(label, "learned", path=path)]
-    load_policy(path / STEP0_FOLDER)
+    load_policy(path / runs.STEP0)
     return [
-        Contender(label, "learned", path=path / BEST_FOLDER, run=path),
-        Contender(f"{label} step 0", "step0", path=path / STEP0_FOLDER, run=path),
+        Contender(label, "learned", path=path / runs.BEST, run=path),
+        Contender(f"{label} step 0", "step0", path=path / runs.STEP0, run=path),
     ]
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is one of `mmrl.agents.runs`."""
-    return (folder / "config.json").is_file() and not (folder / DESCRIPTION).exists()
 
 
 def _unknown(name: str, place: str) -> InputError:
     folders = [
         str(folder)
         for folder in Path("runs").glob("*/")
-        if is_run(folder) or (folder / DESCRIPTION).is_file()
+        if runs.is_run(folder) or (folder / DESCRIPTION).is_file()
     ]
     known = [*rule_names(), *PLANNERS, DEFAULT]
     near = nearest(place, [*known, *folders])

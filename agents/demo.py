@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mmrl
-from mmrl.agents.contenders import BEST_FOLDER, CHAMPION
+from mmrl.agents import runs
+from mmrl.agents.contenders import CHAMPION
 from mmrl.agents.evaluate import Watch, evaluate
+from mmrl.agents.export import WEIGHTS
 from mmrl.agents.report import write_report
 from mmrl.agents.results import Results, check_place, is_results
 from mmrl.errors import InputError
@@ -113,7 +115,6 @@ def _train(out: Path, run: Path, wanted_s: float, show: Show) -> None:
     """Train for what is left of the wanted time."""
     from mmrl.agents.config import build_config
     from mmrl.agents.progress import ProgressBar
-    from mmrl.agents.runs import STATE
     from mmrl.agents.train import resume, train
 
     trained_s = float(json.loads((out / MARK).read_text("utf-8"))["trained_s"])
@@ -121,7 +122,7 @@ def _train(out: Path, run: Path, wanted_s: float, show: Show) -> None:
     if left_s < 1:
         show.say(f"    done before; to train anew, remove {run.parent}")
         return
-    if not (run / STATE).is_file():
+    if not (run / runs.STATE).is_file():
         shutil.rmtree(run, ignore_errors=True)  # stopped before there was anything to go on from
     else:
         show.say(f"    going on after {trained_s:.0f} s")
@@ -198,7 +199,7 @@ def _evaluated(
 
 def _kept(folder: Path, run: Path, traces: Sequence[Path], episodes: int) -> Results | None:
     """Return an evaluation that was made of the present policy in the same way, if there is one."""
-    policy = run / BEST_FOLDER / "policy.safetensors"
+    policy = run / runs.BEST / WEIGHTS
     if not is_results(folder):
         return None
     try:

@@ -13,6 +13,7 @@ from mmrl.agents.provenance import provenance
 from mmrl.agents.recording import RECORDED, record_all
 from mmrl.agents.results import Results, collect
 from mmrl.errors import InputError
+from mmrl.files import files_hash
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.seeds import Split
 
@@ -86,6 +87,7 @@ def evaluate(
         episodes=episodes,
         bootstrap_seed=seed,
         traces=[str(path) for path in traces],
+        trace_sha256=files_hash(traces) if traces else None,
     )
     results = collect(boards, contenders, played, decision_us, [], about, seed)
     watch("recording timelines", 0, 0)

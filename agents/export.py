@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmrl.envs.layout import Layout
 from mmrl.errors import InputError, first_error
-from mmrl.files import atomic_write, write_json
+from mmrl.files import atomic_write, files_hash, write_json
 from mmrl.node.actions import CORE_VERBS, verb_names
 from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES, N_GLOBAL, N_MODEL
 from mmrl.rules import Rule, get_rule
@@ -27,6 +27,7 @@ FORMAT = 1
 DEFAULT = "default"  # the policy that is shipped
 DEFAULT_FOLDER = Path(__file__).parent / "data" / DEFAULT
 WEIGHTS, DESCRIPTION = "policy.safetensors", "policy.json"
+BEST = "policy_best"  # of a run, the policy that it stands for
 PRESENT = MODEL_FEATURES.index("weights")  # more than 0 for a model, 0 in padding
 FULL = GLOBAL_FEATURES.index("full_verbs")
 IMPOSSIBLE = -1e8  # logit of an action that is not legal, or of a verb left out
@@ -256,10 +257,16 @@ def load_policy(path: str | Path) -> ExportedPolicy:
                 "no default policy is shipped with this version",
                 "train one (mmrl train universal --verbs both) and name its folder",
             )
-    if not (folder / DESCRIPTION).is_file() and (folder / "policy_best").is_dir():
-        folder = folder / "policy_best"
+    if not (folder / DESCRIPTION).is_file() and (folder / BEST).is_dir():
+        folder = folder / BEST
     card = _read_card(folder / DESCRIPTION)
     return ExportedPolicy(card, _read_weights(folder / WEIGHTS, card), str(path))
+
+
+def policy_hash(folder: Path) -> str:
+    """Return the SHA-256 of an exported policy: of its description, then of its weights."""
+    place = DEFAULT_FOLDER if str(folder) == DEFAULT else folder
+    return files_hash([place / name for name in (DESCRIPTION, WEIGHTS)])
 
 
 def _read_card(path: Path) -> PolicyCard:

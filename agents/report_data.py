@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mmrl.agents.contenders import CHAMPION, is_run
+from mmrl.agents import runs
+from mmrl.agents.contenders import CHAMPION
 from mmrl.agents.export import DEFAULT
 from mmrl.agents.figures import policy_styles
 from mmrl.agents.headline import CHALLENGERS
@@ -44,7 +45,6 @@ METRICS = (
 )
 LINK = ("load", "stream", "kv_save", "kv_restore")
 QUANTILES = (0, 0.01, 0.02, *np.linspace(0.05, 0.95, 19).round(2), 0.98, 0.99, 0.995, 1)
-CONFIG, LOG = "config.json", "metrics.csv"  # as in mmrl.agents.runs, without torch
 SHOWN = 8  # policies that figures show at first, and runs
 POINTS = 160  # of a training curve
 RECORDED = ("models", "end_s", "spans", "times_s", "waiting", "queues", "decisions")
@@ -134,13 +134,13 @@ class Report:
     def index(self) -> dict[str, Any]:
         """Return what the page reads at once, without the names of files."""
         cells = self._cells()
-        by_run = {identity[1]: name for name, kind, identity in self.policies if kind == "learned"}
-        runs = [by_run.get(_real(run), run.name) for run in self.material.runs]
+        by_run = {place: name for name, kind, (_, place, _) in self.policies if kind == "learned"}
+        trained_by = [by_run.get(_real(run), run.name) for run in self.material.runs]
         # Policies whose training is shown look the same there, and come first; the other runs
         # stand beside no other policies.
-        trained = [(name, "learned") for name in runs if name in by_run.values()]
+        trained = [(name, "learned") for name in trained_by if name in by_run.values()]
         styles = policy_styles([*trained, *((name, kind) for name, kind, _ in self.policies)])
-        in_training = policy_styles([*trained, *((name, "learned") for name in runs)])
+        in_training = policy_styles([*trained, *((name, "learned") for name in trained_by)])
         shown = _shown(self.policies, cells)
         return {
             "policies": [
@@ -157,7 +157,7 @@ class Report:
                     **in_training[name]._asdict(),
                     "shown": k < SHOWN,
                 }
-                for k, (run, name) in enumerate(zip(self.material.runs, runs, strict=True))
+                for k, (run, name) in enumerate(zip(self.material.runs, trained_by, strict=True))
             ],
         }
 
@@ -267,7 +267,7 @@ def gather(sources: Sequence[Path]) -> Material:
     for results in material.results.values():
         for policy in results.summary["policies"]:
             run = Path(policy["run"]) if policy["run"] else None
-            if run is not None and is_run(run):
+            if run is not None and runs.is_run(run):
                 _add_run(run, material)
     return material
 
@@ -280,11 +280,13 @@ def curves(run: Path) -> dict[str, list[Any]]:
     import pandas as pd
 
     try:
-        table = pd.read_csv(run / LOG)
+        table = pd.read_csv(run / runs.METRICS)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise InputError(f"{run / LOG}: cannot read the log: {error}", "train again") from error
+        raise InputError(
+            f"{run / runs.METRICS}: cannot read the log: {error}", "train again"
+        ) from error
     found: dict[str, list[Any]] = {}
     for title, _, scalar, of_rule, factor in CURVES:
         if scalar not in table:
@@ -303,7 +305,7 @@ def trained_on(run: Path) -> list[str]:
     Raises:
         InputError: Its configuration cannot be read.
     """
-    path = run / CONFIG
+    path = run / runs.CONFIG
     try:
         return [str(name) for name in json.loads(path.read_text("utf-8"))["scenarios"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -330,7 +332,7 @@ def _take(source: Path, material: Material) -> bool:
         material.results.setdefault(source, read_suite(source))
     elif is_results(source):
         material.results.setdefault(source, Results.read(source))
-    elif is_run(source):
+    elif runs.is_run(source):
         _add_run(source, material)
         for folder in sorted(source.glob("*/")):
             if is_results(folder):
@@ -371,7 +373,8 @@ def _places(material: Material) -> list[Place]:
             scenario = about["scenarios"].get(name, str(source))
             # A measurement is not repeated by another.
             live = str(source) if about.get("live") else ""
-            key = board["name"], scenario, about["split"], board["episodes"], live
+            trace = about.get("trace_sha256", "") if board["trace"] else ""
+            key = board["name"], scenario, trace, about["split"], board["episodes"], live
             place = found.setdefault(key, Place(board["name"], []))
             place.boards.append((source, results, board))
     names = [place.name for place in found.values()]
@@ -415,15 +418,17 @@ def _family(board: dict[str, Any]) -> str:
         return "unknown"
 
 
-Identity = tuple[str, str]
+Identity = tuple[str, str, str]
 
 
 def _identity(source: Path, policy: dict[str, Any]) -> Identity:
-    """Return what makes a policy the same in two evaluations: its name and where it comes from."""
+    """Return what makes a policy the same in two evaluations: name, place and files' hash."""
     if policy["kind"] == "live":
-        return policy["name"], str(source)
+        return policy["name"], str(source), ""
     place = policy["run"] or policy["path"]
-    return policy["name"], _real(Path(place)) if place and place != DEFAULT else ""
+    if not place or place == DEFAULT:
+        return policy["name"], "", ""
+    return policy["name"], _real(Path(place)), policy.get("sha256") or ""
 
 
 def _real(path: Path) -> str:
@@ -436,14 +441,16 @@ def _policies(material: Material) -> list[tuple[str, str, Identity]]:
     for source, results in material.results.items():
         for policy in results.summary["policies"]:
             kinds.setdefault(_identity(source, policy), policy["kind"])
-    names = [name for name, _ in kinds]
+    origins = {identity[:2] for identity in kinds}
+    names = [name for name, _ in origins]
     found: list[tuple[str, str, Identity]] = []
-    for (name, origin), kind in kinds.items():
+    for identity, kind in kinds.items():
+        name, origin, _ = identity
         if names.count(name) > 1 and origin:
             path = Path(origin)
             name = f"{name} ({path.parent.name if path.name == name else path.name})"
         same = sum(other.partition(" #")[0] == name for other, _, _ in found)
-        found.append((f"{name} #{same + 1}" if same else name, kind, (names[len(found)], origin)))
+        found.append((f"{name} #{same + 1}" if same else name, kind, identity))
     return sorted(found, key=lambda policy: RANK.index(policy[1]))
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mmrl.agents import runs
 from mmrl.agents.report import PAGE, write_report
-from mmrl.agents.report_data import LOG
 from mmrl.agents.results import FILES
 from mmrl.agents.suite import RESULT
-from mmrl.errors import InputError, MmrlError
+from mmrl.errors import InputError
 from mmrl.pages import PLOTLY
 
 HOST = "127.0.0.1"
 EVERY_S = 2.0  # between two looks at the files
-WATCHED = {LOG, RESULT, *FILES}
+WATCHED = {runs.METRICS, RESULT, *FILES}
 Stamp = tuple[tuple[str, int, int], ...]
 
 
@@ -31,16 +31,17 @@ class ReportServer:
 
     Args:
         sources: As for `write_report`.
-        out: The report's folder, written already.
+        out: The report's folder; the first report is written at once.
         port: Where it listens; 0 for any free port.
         say: Told of each refresh, and of what went wrong with one.
         every_s: Time between two looks at the files.
 
     Attributes:
-        url: Of the page.
+        page: The file.
+        url: Of it.
 
     Raises:
-        InputError: The port is taken.
+        InputError: The port is taken, or a source cannot be read.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class ReportServer:
         every_s: float = EVERY_S,
     ) -> None:
         self._sources, self._out, self._say, self._every_s = sources, out, say, every_s
-        self._seen = stamp(sources)
+        self._seen = stamp(sources)  # before they are read: what changes meanwhile is seen
+        self.page = write_report(sources, out)
         self._ended = threading.Event()
         try:
             self._http = ThreadingHTTPServer((HOST, port), partial(_Handler, directory=str(out)))
@@ -97,7 +99,7 @@ class ReportServer:
                 continue
             try:
                 write_report(self._sources, self._out)
-            except MmrlError as error:  # results that are being written; the next look may do
+            except Exception as error:  # of results that are being written; the next look may do
                 self._say(f"not refreshed: {error}")
                 continue
             self._seen = now

@@ -12,6 +12,7 @@ from mmrl.agents.results import Results
 from mmrl.agents.suite import FORMAT, RESULT, read
 from mmrl.agents.suite_policies import COMPARATORS
 from mmrl.agents.suite_results import Row, rows_of
+from mmrl.errors import InputError
 
 SAME = (
     "episodes",
@@ -39,9 +40,15 @@ def read_suite(path: Path) -> Results:
     Raises:
         InputError: It cannot be read.
     """
+    try:
+        return _summed_up(read(path))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{path}: no benchmark result: {error!r}", "name a result.json") from error
+
+
+def _summed_up(result: dict[str, Any]) -> Results:
     import pandas as pd
 
-    result = read(path)
     cells = rows_of(result["cells"])
     entered = rows_of(result["policies"])
     kinds = {  # who looks ahead played a few episodes of some cells: no rule to be measured by

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmrl.agents.contenders import Contender
+from mmrl.agents.export import policy_hash
 from mmrl.agents.play import LATENCIES, Board, Played
 from mmrl.errors import InputError
 from mmrl.files import atomic_write, finite, refuse_foreign, write_json
@@ -200,6 +201,7 @@ def collect(
                 "kind": contender.kind,
                 "path": str(contender.path) if contender.path else None,
                 "run": str(contender.run) if contender.run else None,
+                "sha256": policy_hash(contender.path) if contender.path else None,
             }
             for contender in contenders
         ],

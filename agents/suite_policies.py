@@ -9,7 +9,6 @@ One that was trained for some of the cells names them: ``there@*-fleet16=runs/b-
 plays these alone, and the others are compared with it there.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,14 +16,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mmrl.agents.contenders import CHAMPION, CLAIRVOYANT, Contender, is_run, resolve
+from mmrl.agents import runs
+from mmrl.agents.contenders import CHAMPION, CLAIRVOYANT, Contender, resolve
 from mmrl.agents.export import (
     DEFAULT,
     DEFAULT_FOLDER,
     DESCRIPTION,
-    WEIGHTS,
     ExportedPolicy,
     load_policy,
+    policy_hash,
 )
 from mmrl.bounds import PLANNERS
 from mmrl.errors import InputError, nearest
@@ -188,7 +188,7 @@ def _learned(name: str) -> list[Entry]:
 
 
 def _is_policy(folder: Path) -> bool:
-    return is_run(folder) or (folder / DESCRIPTION).is_file()
+    return runs.is_run(folder) or (folder / DESCRIPTION).is_file()
 
 
 def _policy_path(name: str) -> tuple[str, Path]:
@@ -217,11 +217,3 @@ def _entry(name: str, path: Path, group: str, number: int, seed: int | None = No
 @cache
 def _policy(path: Path) -> ExportedPolicy:
     return load_policy(path)
-
-
-def policy_hash(folder: Path) -> str:
-    """Return the SHA-256 of an exported policy: of its description, then of its weights."""
-    found = hashlib.sha256()
-    for name in (DESCRIPTION, WEIGHTS):
-        found.update((folder / name).read_bytes())
-    return found.hexdigest()

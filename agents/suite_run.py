@@ -21,7 +21,7 @@ from mmrl.agents.pool import side_by_side
 from mmrl.agents.suite_policies import Entry
 from mmrl.agents.windows import cut, fit, label
 from mmrl.errors import InputError
-from mmrl.files import atomic_write
+from mmrl.files import atomic_write, files_hash
 from mmrl.scenarios.suite import Cell, Suite, digest
 from mmrl.workloads.readers import read_trace
 from mmrl.workloads.trace import Trace
@@ -130,7 +130,7 @@ def trace_cells(
     if not bases:
         raise InputError(f"suite {suite.name} has no fixed fleet for traces", "leave --trace out")
     raw = read_trace(list(traces))
-    told = hashlib.sha256(b"".join(path.read_bytes() for path in traces)).hexdigest()[:16]
+    told = files_hash(traces)[:16]
     found = []
     for base in bases:
         sampler = base.scenario.sampler()

@@ -7,7 +7,6 @@ Checked besides: the version of the suite, the hash of each cell, the rules' tun
 learned policies' files, and that the tables follow from what was played.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmrl.agents.export import policy_hash
 from mmrl.agents.play import Piece, Played, play
 from mmrl.agents.pool import side_by_side
 from mmrl.agents.suite import EPISODES, RESULT, read
 from mmrl.agents.suite_check import check_tables
-from mmrl.agents.suite_policies import Entry, entries, policy_hash
+from mmrl.agents.suite_policies import Entry, entries
 from mmrl.agents.suite_results import Row, mean, rows_of
 from mmrl.agents.suite_run import NUMBERS, Task, Watch, code_hash, gather, trace_cells
+from mmrl.files import files_hash
 from mmrl.scenarios.suite import Cell, Suite, get_suite
 from mmrl.workloads.trace import Trace
 
@@ -84,7 +85,7 @@ def verify(
     suite = get_suite(result["suite"])
     problems, notes = _versions(result, suite)
     if (folder / EPISODES).exists():
-        digest = hashlib.sha256((folder / EPISODES).read_bytes()).hexdigest()
+        digest = files_hash([folder / EPISODES])
         if digest != result["episodes_sha256"]:
             problems.append(f"{EPISODES} is not the file that {RESULT} was made from")
         episodes = told = pd.read_parquet(folder / EPISODES)

@@ -19,6 +19,7 @@ from mmrl.agents import runs
 from mmrl.agents.callback import Progress, RunCallback
 from mmrl.agents.config import TrainConfig
 from mmrl.agents.export import ExportedPolicy, PriorRule, load_policy
+from mmrl.agents.metrics_log import MetricsLog
 from mmrl.agents.nodes import NodePlan, PlanNodes, TrainingNodes
 from mmrl.agents.policy import BETA, EquivariantPolicy
 from mmrl.agents.ppo import EventTimePPO
@@ -191,7 +192,7 @@ def _run(
         )
         step = int(state["steps"]) if state else 0
         outputs: list[KVWriter] = [
-            runs.MetricsLog(folder, step),
+            MetricsLog(folder, step),
             TensorBoardOutputFormat(str(folder / runs.TENSORBOARD)),
         ]
         model.set_logger(Logger(str(folder), outputs))

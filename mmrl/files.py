@@ -1,12 +1,13 @@
 """Files are written whole or not at all: a reader never meets half a file."""
 
 import errno
+import hashlib
 import json
 import math
 import os
 import secrets
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -111,6 +112,16 @@ def write_json(path: str | Path, obj: object, indent: int | None = 2) -> None:
     with atomic_write(path) as file:
         json.dump(obj, file, indent=indent, allow_nan=False, default=_plain)
         file.write("\n")
+
+
+def files_hash(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 of what files hold, one after the other, in hexadecimal digits."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                found.update(block)
+    return found.hexdigest()
 
 
 def finite(value: Any) -> Any:

@@ -1,6 +1,8 @@
 /* One episode under two policies: residency, queues and decisions, and what was decided at an instant. */
 const SIDES = ["left", "right"];
 const spots = unique(episodes.map((entry) => `${entry.place}|${entry.load}|${entry.episode}`));
+const spotNames = () => spots.map((_, k) => episodes.find((entry) => spotOf(entry) === k))
+  .map(({ place, load, episode }) => `${places[place].name}, load ${load}: ${episode}`);
 const spotOf = (entry) => spots.indexOf(`${entry.place}|${entry.load}|${entry.episode}`);
 const recordedHere = () => episodes.filter((entry) => spotOf(entry) === state.episode);
 const sideEntry = (side) => recordedHere().find((entry) => entry.policy === state[side]);

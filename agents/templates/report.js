@@ -351,16 +351,27 @@ function showTraining() {
   index.curves.forEach(([title, unit], k) => figure(element("training"), `curve-${k}`, () => learning(title, unit, state.runs), 260));
 }
 
-/* The choice stands in the address: a page that refreshes or is sent to somebody shows the same. */
+/* The choice stands in the address: a page that refreshes or is sent to somebody shows the same.
+   What has a number in the state has its name there: with new results the numbers are others. */
 const KEPT = ["platform", "family", "load", "place", "placeLoad", "shown", "runs", "episode", "left", "right", "time"];
-const remember = () => history.replaceState(null, "", `#${encodeURIComponent(JSON.stringify(Object.fromEntries(KEPT.map((key) => [key, state[key]]))))}`);
+const names = (list) => list.map(({ name }) => name);
+const NAMED = { place: () => names(places), shown: () => names(policies), runs: () => names(runs),
+  episode: () => spotNames(), left: () => names(policies), right: () => names(policies) };
+function nameOf(key) {
+  const all = NAMED[key]();
+  return Array.isArray(state[key]) ? state[key].map((k) => all[k]) : all[state[key]] ?? null;
+}
+function numberOf(key, kept) {
+  const all = NAMED[key]();
+  if (Array.isArray(kept)) return kept.map((name) => all.indexOf(name)).filter((k) => k >= 0);
+  return all.includes(kept) ? all.indexOf(kept) : state[key];
+}
+const remember = () => history.replaceState(null, "", `#${encodeURIComponent(JSON.stringify(Object.fromEntries(
+  KEPT.map((key) => [key, key in NAMED ? nameOf(key) : state[key]]))))}`);
 function recall() {
   try {
     const kept = JSON.parse(decodeURIComponent(location.hash.slice(1)));
-    for (const key of KEPT) if (key in kept) state[key] = kept[key];
-    state.shown = state.shown.filter((k) => k in policies);
-    state.runs = state.runs.filter((k) => k in runs);
-    if (!(state.place in places)) state.place = 0;
+    for (const key of KEPT) if (key in kept) state[key] = key in NAMED ? numberOf(key, kept[key]) : kept[key];
   } catch { /* no choice is kept there */ }
 }
 function showAll() {

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmrl.agents.export import (
+    BEST,
     DEFAULT,
     DEFAULT_FOLDER,
     DESCRIPTION,
@@ -465,7 +466,7 @@ def _describe(name: str, policy: Rule | ExportedPolicy, out: Path) -> dict[str, 
     if isinstance(policy, Rule):
         return {"name": name, "kind": "rule", "rule": policy.name, "params": policy.model_dump()}
     source = DEFAULT_FOLDER if policy.name == DEFAULT else Path(policy.name)
-    folder = source if (source / DESCRIPTION).exists() else source / "policy_best"
+    folder = source if (source / DESCRIPTION).exists() else source / BEST
     for file in (DESCRIPTION, WEIGHTS):
         (out / POLICIES / name).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / file, out / POLICIES / name / file)

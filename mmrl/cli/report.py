@@ -24,10 +24,11 @@ def command(
 
     console = Console(stderr=True, highlight=False)
     with console.status("reading results"):
-        page = write_report(sources, out)
+        server = ReportServer(sources, out, port, console.print) if serve else None
+        page = server.page if server else write_report(sources, out)
     typer.echo(f"wrote {page}")
-    if not serve:
+    if server is None:
         return
-    with ReportServer(sources, out, port, console.print) as server:
+    with server:
         console.print(f"serving {server.url}, refreshed when the files change; Ctrl-C ends it")
         server.wait()

@@ -203,7 +203,6 @@ def test_an_episode_side_by_side(browser: Browser, page: Path) -> None:
 @in_browser
 def test_a_served_page_refreshes_when_a_run_goes_on(browser: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path / "young")
-    write_report([run], tmp_path / "report")
     with ReportServer([run], tmp_path / "report", 0, every_s=0.05) as server:
         browser.size(1300, 800)
         browser.open(server.url)
@@ -218,7 +217,6 @@ def test_a_server_goes_on_after_half_written_results(sources: list[Path], tmp_pa
     said: list[str] = []
     results = tmp_path / "results"
     shutil.copytree(sources[1], results)
-    write_report([results], tmp_path / "report")
     with ReportServer([results], tmp_path / "report", 0, said.append, every_s=0.02) as server:
         before = urlopen(f"{server.url}build", timeout=10).read()
         assert len(before) == 12

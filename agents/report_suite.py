@@ -42,7 +42,7 @@ def read_suite(path: Path) -> Results:
     """
     try:
         return _summed_up(read(path))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InputError(f"{path}: no benchmark result: {error!r}", "name a result.json") from error
 
 

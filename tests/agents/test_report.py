@@ -159,6 +159,25 @@ def test_evaluations_of_the_same_arrivals_are_one_place(run, tmp_path):
     assert names == ["tiny (evaluation)", "tiny (again)"]
 
 
+def test_traces_of_one_name_and_a_policy_trained_further_are_told_apart(run, tmp_path):
+    text = (run / "evaluation" / "summary.json").read_text()
+    for k, day in enumerate(("monday", "tuesday")):
+        summary = json.loads(text)
+        summary["provenance"]["trace_sha256"] = day
+        summary["boards"][0]["trace"] = "trace.csv"
+        (tmp_path / f"{k}.json").write_text(json.dumps(summary))
+    assert len(Report(gather([tmp_path / "0.json", tmp_path / "1.json"])).places) == 2
+
+    summary = json.loads(text)
+    mine = next(one for one in summary["policies"] if one["name"] == "mine")
+    assert len(mine["sha256"]) == 64
+    mine["sha256"] = "0" * 64
+    (tmp_path / "later.json").write_text(json.dumps(summary))
+    report = Report(gather([run, tmp_path / "later.json"]))
+    assert len(report.places) == 1
+    assert [name for name, kind, _ in report.policies if kind == "learned"] == ["mine", "mine #2"]
+
+
 def test_the_shipped_policy_is_one_wherever_the_report_is_made(run, tmp_path):
     text = (run / "evaluation" / "summary.json").read_text().replace('"mine"', '"default"')
     for k, path in enumerate(("default", None)):  # of an evaluation, and of a benchmark

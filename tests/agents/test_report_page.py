@@ -213,6 +213,48 @@ def test_a_served_page_refreshes_when_a_run_goes_on(browser: Browser, tmp_path: 
         assert browser.complaints == []
 
 
+@in_browser
+def test_the_choice_survives_results_that_come_later(
+    browser: Browser, sources: list[Path], tmp_path: Path
+) -> None:
+    """With a policy more, and a place, the numbers of all others change; the address has names."""
+    shown = "state.shown.map((k) => policies[k].name)"
+    later = tmp_path / "later"
+    later.mkdir()
+    shutil.copytree(sources[1], later / "b")
+    with ReportServer([later], tmp_path / "report", 0, every_s=0.05) as server:
+        browser.size(1300, 800)
+        browser.open(server.url)
+        browser.until("typeof goToPlace !== 'undefined' && typeof recall !== 'undefined'")
+        browser.run("goToPlace({ place: 0, load: 0.5, policy: 0, versus: null })")
+        browser.run("state.shown = [names(policies).indexOf('lru')]; remember()")
+        summary = json.loads((later / "b" / "summary.json").read_text())
+        for policy in summary["policies"]:
+            policy["name"] = {"mine": "an earlier one"}.get(policy["name"], policy["name"])
+        for row in (row for board in summary["boards"] for row in board["rows"]):
+            row["policy"] = {"mine": "an earlier one"}.get(row["policy"], row["policy"])
+        summary["boards"][0]["name"] = "another"
+        (later / "a.json").write_text(json.dumps(summary))
+        server._sources = [later / "a.json", later]
+        anew = "typeof policies !== 'undefined' && names(policies).includes('an earlier one')"
+        browser.until(anew)
+        assert browser.run(shown) == ["lru"]
+        assert browser.run("places[state.place].name") == "<i>other</i>"
+        assert browser.run("state.place") == 1
+
+
+def test_a_server_goes_on_whatever_a_source_holds(sources: list[Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    shutil.copytree(sources[1], tmp_path / "results")
+    with ReportServer([tmp_path], tmp_path / "report", 0, said.append, every_s=0.02):
+        (tmp_path / "foreign").mkdir()
+        (tmp_path / "foreign" / "result.json").write_text('{"format": 1, "cells": 7}')
+        wait_for(lambda: any("no benchmark result" in line for line in said))
+        (tmp_path / "foreign" / "result.json").unlink()
+        (tmp_path / "results" / "summary.json").touch()
+        wait_for(lambda: "refreshed" in said)
+
+
 def test_a_server_goes_on_after_half_written_results(sources: list[Path], tmp_path: Path) -> None:
     said: list[str] = []
     results = tmp_path / "results"

@@ -287,15 +287,11 @@ def test_a_trace_that_does_not_fit_says_what_to_leave_out(tmp_path: Path) -> Non
 
 
 def test_each_model_is_sized_by_the_requests_that_it_gets(tmp_path: Path) -> None:
-    rows = [
-        f"{k / 10},{'short' if k % 3 else 'long'},{100 if k % 3 else 8000},20" for k in range(90)
-    ]
+    rows = ["arrival_s,model,prompt_tokens,output_tokens"]
+    for k in range(30):
+        rows += [f"{k}.1,short,100,20", f"{k}.2,short,100,20", f"{k}.3,long,8000,20"]
     path = tmp_path / "three.csv"
-    path.write_text(
-        "\n".join(
-            ["arrival_s,model,prompt_tokens,output_tokens", *rows, "9,rare,900000,10", ""],
-        )
-    )
+    path.write_text("\n".join([*rows, "30,rare,900000,10", ""]))
     given = {"trace": {"paths": path, "mapping": "services"}, "utilisation_at_load_1": 1.0}
     fixed = get_scenario("demo", models=["llama3.2-3b", "qwen2.5-7b"], **given)
     sampler = fixed.sampler()  # the one long request is to no model of this fleet

@@ -18,7 +18,7 @@ from mmrl.envs.privileged import write_futures
 from mmrl.errors import InputError
 from mmrl.metrics import episode_metrics
 from mmrl.node.actions import VERBS
-from mmrl.node.state import MAX_MODELS
+from mmrl.node.state import MAX_MODELS, Nodes, Record
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.sampler import EpisodeInfo, EpisodeSampler
 from mmrl.scenarios.schema import Scenario
@@ -141,13 +141,14 @@ class ServingBatch:
         return out
 
     def metrics(self, i: int) -> dict[str, float]:
-        """Return the metrics of the episode of node ``i``, which has ended.
+        """Return `measured` of the episode of node ``i``, which has ended."""
+        return measured(self.simulator.nodes[i], self.simulator.requests[i])
 
-        They are those of `mmrl.metrics` that could be measured, and ``<verb>_per_s``.
-        """
-        node, requests = self.simulator.nodes[i], self.simulator.requests[i]
-        values = episode_metrics(node, requests).values
-        metrics = {name: value for name, value in values.items() if not np.isnan(value)}
-        for verb, count in zip(VERBS, node.actions.tolist(), strict=True):
-            metrics[f"{verb}_per_s"] = count / values["elapsed_s"]
-        return metrics
+
+def measured(node: Record, requests: Nodes) -> dict[str, float]:
+    """Return the metrics of an episode that could be measured, and ``<verb>_per_s``."""
+    values = episode_metrics(node, requests).values
+    metrics = {name: value for name, value in values.items() if not np.isnan(value)}
+    for verb, count in zip(VERBS, node.actions.tolist(), strict=True):
+        metrics[f"{verb}_per_s"] = count / values["elapsed_s"]
+    return metrics

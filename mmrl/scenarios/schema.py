@@ -142,7 +142,7 @@ class Scenario(_Strict):
         drain_s: The episode then goes on for so long; what is unfinished at its end is a miss.
         interval_s: Longest time between two decision instants.
         latency_s: From an event to the decision that it asks for.
-        gap_s: Shortest time between two askings of the policy.
+        gap_s: Shortest time between two askings of the policy; at most `interval_s`.
         host_kv_gb: Host memory for saved KV cache; the platform's unless given.
         jitter: Each cost of each model is off by up to this fraction, drawn per episode.
         reward: Weights of the reward.
@@ -194,6 +194,12 @@ class Scenario(_Strict):
             given = (getattr(self, one) is not None) + (getattr(self, other) is not None)
             if given != 1:
                 raise ValueError(f"{one} or {other}: give {'one' if given == 0 else 'only one'}")
+        return self
+
+    @model_validator(mode="after")
+    def _gaps_are_kept(self) -> "Scenario":
+        if self.interval_s < self.gap_s:  # the timer asks for a decision whatever the gap
+            raise ValueError(f"interval_s: {self.interval_s:g} is below gap_s, {self.gap_s:g}")
         return self
 
     @property

@@ -116,6 +116,7 @@ def test_variants_that_are_no_tables_are_named(tmp_path: Path) -> None:
             "budget_gb = 24\nload = [1.3, 0.5]",
             "load: .*the lower end comes first",
         ),
+        ("budget_gb = 24", "budget_gb = 24\ninterval_s = 0.01", "interval_s: 0.01 is below gap_s"),
         ("budget_gb = 24", "budget_gb = 24\nverbs = 'ful'", "verbs: .*did you mean 'full'"),
         ("utilisation_at_load_1 = 0.5", "", "utilisation_at_load_1: field required"),
         ('["qwen2.5-7b", "llama3.2-3b"]', "[]", "models"),

@@ -12,6 +12,7 @@ from mmrl.envs.perfetto import export, to_trace
 from mmrl.envs.timeline import UNASKED, EpisodeLog, record_episode
 from mmrl.node.state import REFUSED, Nodes, Record
 from mmrl.rules import get_rule
+from mmrl.rules.dispatch import act
 from mmrl.scenarios.schema import Scenario
 
 
@@ -45,7 +46,7 @@ def test_recording_changes_nothing(busy: Scenario) -> None:
     observation, _ = env.reset(seed=9)
     simulator, rule = env.batch.simulator, get_rule("slack")
     tables = simulator.decode_tables, simulator.prefill_tables
-    log = record_episode(simulator, lambda node, requests: rule.act(node, requests, *tables))
+    log = record_episode(simulator, lambda node, requests: act(rule, node, requests, *tables))
     observation, _ = env.reset(seed=9)
     total, done, actions = 0.0, False, []
     while not done:

@@ -23,16 +23,12 @@ from mmrl.errors import InputError, first_error, nearest
 from mmrl.node.state import MAX_MODELS
 from mmrl.scenarios.targets import Targets
 from mmrl.workloads.fleet import Mapping
-from mmrl.workloads.generators import WorkloadSpec
+from mmrl.workloads.generators import WorkloadSpec, as_range
 
 if TYPE_CHECKING:
     from mmrl.scenarios.sampler import EpisodeSampler
 
 REMEDY = "docs/scenarios.md describes each field"
-
-
-def _as_range(value: Any) -> Any:
-    return (value, value) if isinstance(value, int | float) else value
 
 
 def _as_list(value: Any) -> Any:
@@ -49,11 +45,11 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1
 Positive = Annotated[float, Field(gt=0)]
 # A number, or [low, high] to draw it from uniformly.
 PositiveRange = Annotated[
-    tuple[Positive, Positive], BeforeValidator(_as_range), AfterValidator(_rising)
+    tuple[Positive, Positive], BeforeValidator(as_range), AfterValidator(_rising)
 ]
 FleetSize = Annotated[int, Field(ge=1, le=MAX_MODELS)]
 SizeRange = Annotated[
-    tuple[FleetSize, FleetSize], BeforeValidator(_as_range), AfterValidator(_rising)
+    tuple[FleetSize, FleetSize], BeforeValidator(as_range), AfterValidator(_rising)
 ]
 
 

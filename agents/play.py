@@ -25,6 +25,7 @@ from mmrl.metrics import episode_metrics, request_latencies
 from mmrl.node.actions import VERBS
 from mmrl.node.state import UNARRIVED, Nodes, Record
 from mmrl.rollout import run_rule
+from mmrl.rules.dispatch import act
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.sampler import EpisodeSampler
 from mmrl.scenarios.seeds import Split, episode_rng
@@ -274,7 +275,7 @@ def decider(simulator: Simulator, contender: Contender, scenario: str) -> Decide
     if contender.rule:
         rule = contender.rule_for(name)
         rule.prepare(simulator.nodes)
-        return lambda node, requests: rule.act(node, requests, *tables)
+        return lambda node, requests: act(rule, node, requests, *tables)
     if contender.planner:
         lookahead = Lookahead(contender.planner_for(name), simulator)
         return lambda node, requests: lookahead.act(0)

@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mmrl.agents.contenders import CHAMPION, Contender, champion_for
-from mmrl.agents.play import Board, Decide, Piece, decider, runner_for, start
-from mmrl.envs.timeline import Recorder, Timeline
+from mmrl.agents.contenders import CHAMPION, Contender, champion_for, resolve
+from mmrl.agents.play import (
+    Board,
+    Decide,
+    Piece,
+    check_verbs,
+    decider,
+    make_boards,
+    runner_for,
+    start,
+)
+from mmrl.envs.timeline import EpisodeLog, Timeline, record_episode
 from mmrl.node.actions import verb_names
 from mmrl.rollout import suggestions
 from mmrl.scenarios.registry import get_scenario
@@ -58,6 +67,28 @@ def record_all(
                 recorded = record(board, load, by_name[name], split, index)
                 found.append(recorded | {"why": why})
     return found
+
+
+def play_episode(
+    scenario: str, policy: str, load: float = 1.0, split: Split = "test", index: int = 0
+) -> EpisodeLog:
+    """Play an episode of a scenario and record all of it.
+
+    Args:
+        scenario: Name or path.
+        policy: As in ``mmrl.agents.contenders``; of a run the best one.
+        load: At which load.
+        split: Whose random streams.
+        index: Which episode of the split.
+
+    Raises:
+        InputError: A name or number is wrong, or the policy has not the scenario's verbs.
+    """
+    (board,) = make_boards([scenario], [load], 1)
+    contender = resolve([policy], [board.name])[0]
+    check_verbs([board], [contender])
+    simulator = start(Piece(board.name, scenario, load, split, (index,), contender))
+    return record_episode(simulator, decider(simulator, contender, scenario))
 
 
 def _recorded(rows: list[dict[str, Any]]) -> list[str]:
@@ -110,12 +141,8 @@ def record(
     """
     traces = board.windows[load].traces[index : index + 1] if board.trace else ()
     simulator = start(Piece(board.name, board.scenario, load, split, (index,), contender, traces))
-    node, requests = simulator.nodes[0], simulator.requests[0]
     decisions = Decisions(simulator, contender, board.scenario)
-    recorder = Recorder(simulator, ())
-    while not node.done:
-        recorder.step(decisions.decide(node, requests))
-    timeline = recorder.timeline()
+    timeline = record_episode(simulator, decisions.decide).timeline
     times_s, waiting = _changes(timeline.time_s, timeline.queued.sum(axis=1))
     return {
         "board": board.name,

@@ -8,25 +8,25 @@ array that is handed out is new: nobody's stored observation changes under them.
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mmrl.envs.layout import Layout
 from mmrl.envs.privileged import write_futures
+from mmrl.envs.suggestion import as_rule
 from mmrl.errors import InputError
 from mmrl.metrics import episode_metrics
 from mmrl.node.actions import VERBS
-from mmrl.node.state import MAX_MODELS
+from mmrl.node.state import MAX_MODELS, Nodes, Record
+from mmrl.rollout import mark_suggestions
+from mmrl.rules.base import Rule
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.sampler import EpisodeInfo, EpisodeSampler
 from mmrl.scenarios.schema import Scenario
 from mmrl.scenarios.seeds import episode_rng
 from mmrl.sim.batch import ALL, Simulator
-
-if TYPE_CHECKING:
-    from mmrl.rules.base import Rule
 
 TERMINATED, TRUNCATED = 1, 2
 
@@ -64,7 +64,7 @@ class ServingBatch:
         scenario: str | Path | Scenario,
         num_envs: int,
         max_models: int | None = None,
-        suggestion: "str | Mapping[str, Any] | Rule | None" = None,
+        suggestion: str | Mapping[str, Any] | Rule | None = None,
         privileged: bool = False,
     ) -> None:
         self.scenario = scenario if isinstance(scenario, Scenario) else get_scenario(scenario)
@@ -77,8 +77,6 @@ class ServingBatch:
             )
         self.rule: Rule | None = None
         if suggestion is not None:
-            from mmrl.envs.suggestion import as_rule  # rules take long to compile
-
             self.rule = as_rule(suggestion)
         self.layout = Layout(models, sampler.full_verbs, suggestion is not None, privileged)
         self.num_envs = num_envs
@@ -126,8 +124,6 @@ class ServingBatch:
         out = np.empty((len(nodes), layout.observation_size), np.float32)
         simulator.observe(out, rows)
         if self.rule is not None:
-            from mmrl.rollout import mark_suggestions  # rules take long to compile
-
             mark_suggestions(simulator, self.rule, out, layout.public_size, rows)
         if layout.privileged:
             write_futures(nodes, requests, layout.actor_size, out)
@@ -141,13 +137,14 @@ class ServingBatch:
         return out
 
     def metrics(self, i: int) -> dict[str, float]:
-        """Return the metrics of the episode of node ``i``, which has ended.
+        """Return `measured` of the episode of node ``i``, which has ended."""
+        return measured(self.simulator.nodes[i], self.simulator.requests[i])
 
-        They are those of `mmrl.metrics` that could be measured, and ``<verb>_per_s``.
-        """
-        node, requests = self.simulator.nodes[i], self.simulator.requests[i]
-        values = episode_metrics(node, requests).values
-        metrics = {name: value for name, value in values.items() if not np.isnan(value)}
-        for verb, count in zip(VERBS, node.actions.tolist(), strict=True):
-            metrics[f"{verb}_per_s"] = count / values["elapsed_s"]
-        return metrics
+
+def measured(node: Record, requests: Nodes) -> dict[str, float]:
+    """Return the metrics of an episode that could be measured, and ``<verb>_per_s``."""
+    values = episode_metrics(node, requests).values
+    metrics = {name: value for name, value in values.items() if not np.isnan(value)}
+    for verb, count in zip(VERBS, node.actions.tolist(), strict=True):
+        metrics[f"{verb}_per_s"] = count / values["elapsed_s"]
+    return metrics

@@ -145,8 +145,9 @@ def _requests(log: EpisodeLog) -> list[Event]:
         arrival_s = request["arrival_ns"] * 1e-9
         if arrival_s > end_s:
             break
-        first_s = request["first_ns"] * 1e-9 if request["first_ns"] >= 0 else end_s
         finish_s = request["finish_ns"] * 1e-9 if request["finish_ns"] >= 0 else end_s
+        # Who is refused is finished without a first token.
+        first_s = request["first_ns"] * 1e-9 if request["first_ns"] >= 0 else finish_s
         name = f"request {i}"
         about = {
             "prompt_tokens": int(request["prompt"]),

@@ -7,19 +7,17 @@ are drawn.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mmrl.envs.batch import measured
+from mmrl.envs.layout import Layout
 from mmrl.node.memory import free_bytes
-from mmrl.node.state import RESTORING
+from mmrl.node.state import RESTORING, Nodes, Record
 from mmrl.scenarios.sampler import EpisodeInfo
 from mmrl.sim.batch import Simulator
-
-if TYPE_CHECKING:
-    from mmrl.envs.env import MultiModelServingEnv
-    from mmrl.rules.base import Rule
 
 UNASKED = -1  # the action of a sample at which no decision was asked for
 
@@ -150,38 +148,29 @@ class EpisodeLog:
     metrics: dict[str, float]
 
 
-# Takes an observation and a mask of legal actions; returns an action.
-Decide = Callable[[npt.NDArray[np.float32], npt.NDArray[np.bool_]], int]
+# Takes a node and its requests; returns an action.
+Decide = Callable[[Record, Nodes], int]
 
 
-def record_episode(env: "MultiModelServingEnv", policy: "Decide | Rule") -> EpisodeLog:
-    """Play the episode that an environment has been reset to, to its end, and record it.
+def record_episode(simulator: Simulator, decide: Decide, i: int = 0) -> EpisodeLog:
+    """Play the episode that a node has been reset to, to its end, and record it.
 
     Args:
-        env: The environment, without wrappers (``env.unwrapped``), just reset.
-        policy: A rule, or a function of observation and mask that returns an action.
+        simulator: Holds the node; of an environment ``env.unwrapped.batch.simulator``.
+        decide: Who decides, and has prepared the node for that.
+        i: Which node.
     """
-    from mmrl.rules.base import Rule
-
-    batch = env.batch
-    simulator = batch.simulator
-    node, requests = simulator.nodes[0], simulator.requests[0]
-    recorder = Recorder(simulator, env.action_names)
-    if isinstance(policy, Rule):
-        policy.prepare(node)
+    node, requests = simulator.nodes[i], simulator.requests[i]
+    layout = Layout(simulator.sampler.max_models, bool(simulator.sampler.full_verbs))
+    recorder = Recorder(simulator, layout.action_names, i)
     reward = 0.0
     while not node.done:
-        if isinstance(policy, Rule):
-            tables = simulator.decode_tables, simulator.prefill_tables
-            action = policy.act(node, requests, *tables)
-        else:
-            action = policy(batch.observe()[0], batch.masks()[0])
-        recorder.step(int(action))
-        reward += float(simulator.rewards[0])
+        recorder.step(int(decide(node, requests)))
+        reward += float(simulator.rewards[i])
     return EpisodeLog(
-        batch.info(0),
+        simulator.infos[i],
         recorder.timeline(),
-        simulator.request_array[0, : int(node.n_requests)].copy(),
+        simulator.request_array[i, : int(node.n_requests)].copy(),
         reward,
-        batch.metrics(0),
+        measured(node, requests),
     )

@@ -25,7 +25,7 @@ COMMANDS = {
     "serve": ("mmrl.cli.serve", "Serve several models on one device, OpenAI-compatible."),
     "replay": ("mmrl.cli.replay", "Send a workload to a live server and record every token."),
     "tune": ("mmrl.cli.tune", "Tune a hand-written policy."),
-    "scenarios": ("mmrl.cli.scenarios", "List and show scenarios."),
+    "scenarios": ("mmrl.cli.scenarios", "List and show scenarios; play an episode."),
     "workload": ("mmrl.cli.workload", "Describe workloads and traces."),
     "profile": ("mmrl.cli.profile", "Measure models; list, show and check profiles."),
     "plan": ("mmrl.cli.plan", "Say what a fleet can carry, and what a change would bring."),

@@ -1,12 +1,16 @@
 """`mmrl scenarios`: what policies can be trained and judged on, and how hard it is."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from mmrl.scenarios.seeds import Split
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -15,7 +19,7 @@ if TYPE_CHECKING:
     from mmrl.scenarios.schema import Scenario
     from mmrl.workloads.generators import ArrivalSpec
 
-app = typer.Typer(help="List, show and calibrate scenarios.", no_args_is_help=True)
+app = typer.Typer(help="List, show, play and calibrate scenarios.", no_args_is_help=True)
 KIND_STYLE = {"measured": "[green]measured[/]", "derived": "[yellow]derived[/]"}
 CONTEXT_TOKENS = 1024
 COMPILING = "reading (the first time, code is compiled: up to a minute)"
@@ -82,6 +86,41 @@ def show(name: Name) -> None:
     path = scenario_path(name)
     console.print(f"\n[dim]{escape(str(path))}[/]", soft_wrap=True)
     typer.echo(path.read_text(encoding="utf-8"))
+
+
+@app.command()
+def play(
+    name: Name,
+    policy: Annotated[
+        str, typer.Option(help="As mmrl evaluate --policies names them: slack, mpc, runs/x.")
+    ] = "slack",
+    episode: Annotated[int, typer.Option(min=0, help="Which one of the split.")] = 0,
+    load: Annotated[float, typer.Option(help="At which load.")] = 1.0,
+    split: Annotated[Split, typer.Option(help="Whose random streams.")] = "test",
+    perfetto: Annotated[
+        Path | None, typer.Option(help="Write the episode as a trace for ui.perfetto.dev.")
+    ] = None,
+) -> None:
+    """Play one episode, say how it went, and show it in Perfetto: loads, queues, each request."""
+    from mmrl.agents.recording import play_episode
+    from mmrl.envs.perfetto import MISSES, export
+
+    console = Console(highlight=False)
+    with console.status(COMPILING):
+        log = play_episode(name, policy, load, split, episode)
+    counts = np.bincount(log.requests["miss"], minlength=len(MISSES)).tolist()
+    outcomes = ", ".join(f"{n} {what}" for what, n in zip(MISSES, counts, strict=True) if n)
+    console.print(
+        f"{escape(policy)} on {escape(log.info.scenario)}, {split} episode {episode}: "
+        f"{log.info.requests} requests in {log.timeline.time_s[-1]:.0f} s at load {load:g}: "
+        f"{outcomes or 'nothing to do'}",
+        soft_wrap=True,
+    )
+    if perfetto is not None:
+        export(log, perfetto)
+        console.print(
+            f"wrote {escape(str(perfetto))}; open it on https://ui.perfetto.dev", soft_wrap=True
+        )
 
 
 @app.command()

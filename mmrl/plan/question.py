@@ -11,10 +11,10 @@ import numpy as np
 
 from mmrl.errors import InputError
 from mmrl.profiles import registry
+from mmrl.profiles.link import on_link
 from mmrl.profiles.schema import save
 from mmrl.scenarios.schema import Scenario, build_scenario
 from mmrl.scenarios.sources import unique_names
-from mmrl.study.formulas import Case, with_link
 from mmrl.workloads.fleet import fit_to_fleet
 from mmrl.workloads.readers import read_trace
 
@@ -223,7 +223,7 @@ def _write_platform(folder: Path, question: Question, platform: str, link_gb_per
     """Write a platform with another link, and the profiles of the fleet on it."""
     source = registry.get_platform(platform)
     for model in dict.fromkeys(question.models):
-        case = Case.of(source, registry.get_profile(platform, model))
-        moved = with_link(case, link_gb_per_s * 1e9)
-        save(folder / f"{model}.json", moved.profile)
-    save(folder / registry.PLATFORM_FILE, moved.platform)
+        profile = registry.get_profile(platform, model)
+        moved, changed = on_link(source, profile, link_gb_per_s * 1e9)
+        save(folder / f"{model}.json", changed)
+    save(folder / registry.PLATFORM_FILE, moved)

@@ -1,13 +1,10 @@
-"""One figure: how long a decode step takes when only part of a model is resident.
-
-An iteration ends when both its compute and its bytes are done, so a step takes the longer of
-the decode step and the stream: ``max(decode, fixed + missing layers * link seconds per layer)``.
-"""
+"""One figure: how long a decode step takes when only part of a model is resident."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmrl.profiles.costs import CostModel
+from mmrl.profiles.link import step_s
 from mmrl.profiles.schema import Profile
 
 if TYPE_CHECKING:
@@ -17,16 +14,6 @@ BATCHES = {32: ("#cc6677", 7), 8: ("#228833", 4), 1: ("#332288", 1.5)}  # batch:
 CONTEXT_TOKENS = 1024
 COLUMNS = 3
 TICKS_MS = [m * 10**e for e in range(-1, 5) for m in (1, 2, 5)]
-
-
-def step_s(costs: CostModel, resident_layers: float, batch: int, context_tokens: int) -> float:
-    """Return the time of a decode step with ``resident_layers`` on the device."""
-    missing = costs.profile.layers - resident_layers
-    compute = costs.decode_s(batch, context_tokens)
-    if missing == 0:
-        return compute
-    stream = costs.profile.stream.fixed_s + missing * costs.stream_layer_s(batch)
-    return max(compute, stream)
 
 
 def residency_figure(profiles: Sequence[Profile]) -> "go.Figure":

@@ -2,9 +2,11 @@
 
 The shape of the model in between is the geometric mean of its neighbours', and its costs are what
 the rule of `derive` says of that shape, times by how much the rule is off for the neighbours, mixed
-the same way. At the ends this is the neighbour itself, and in between it moves smoothly, so that a
-policy meets every size between the smallest and the largest, and no cost that hardware could not
-have. For training; what is served has a profile of its own.
+the same way. At the ends this is the neighbour itself. In between, counts move in whole numbers and
+what has no middle (the size of a head, whether embeddings are tied) is the nearer neighbour's, so
+that size and costs may jump at the middle. A policy meets many sizes between the smallest and the
+largest, and no cost that hardware could not have. For training; what is served has a profile of its
+own.
 """
 
 import itertools
@@ -30,15 +32,21 @@ def interpolated_profiles(
         each: How many between two neighbours.
 
     Returns:
-        The new profiles, the smallest first, named by their size: ``~4.1b``.
+        The new profiles, from the smallest neighbours to the largest, named by their size:
+        ``~4.11b``; of the same size to two digits, the second is ``~4.11b-2``.
     """
     known = sorted(profiles, key=lambda profile: profile.parameters)
-    return [
+    found = [
         interpolated_profile(platform, low, high, step / (each + 1))
         for low, high in itertools.pairwise(known)
         if low.parameters < high.parameters
         for step in range(1, each + 1)
     ]
+    names = [profile.model for profile in found]
+    for k, name in enumerate(names):
+        if before := names[:k].count(name):
+            found[k] = found[k].model_copy(update={"model": f"{name}-{before + 1}"})
+    return found
 
 
 def interpolated_profile(platform: Platform, low: Profile, high: Profile, share: float) -> Profile:
@@ -93,7 +101,7 @@ def interpolated_profile(platform: Platform, low: Profile, high: Profile, share:
 
 
 def interpolated_shape(low: Architecture, high: Architecture, share: float) -> Architecture:
-    """Return the shape between two, all counts mixed geometrically and rounded."""
+    """Return the shape between two: counts mixed geometrically, the rest the nearer one's."""
 
     def mixed(field: str, step: int = 1) -> int:
         value = _mix(getattr(low, field), getattr(high, field), share)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmrl.node.state import DISPATCHES, CostTable, Nodes, Record
+from mmrl.node.state import DISPATCHES, Nodes, Record
 
 MAX_PARAMS = 9
 
@@ -59,16 +59,3 @@ class Rule(BaseModel):
         """Set the dispatch rule of a node, or of several, after its reset."""
         if self.dispatch is not None:
             nodes["dispatch"] = DISPATCHES.index(self.dispatch)
-
-    def act(self, s: Record, r: Nodes, decode_tables: CostTable, prefill_tables: CostTable) -> int:
-        """Return the rule's action for one node, a legal one.
-
-        Args:
-            s: The node.
-            r: Its requests.
-            decode_tables: float64[P, 65, 33], seconds.
-            prefill_tables: float64[P, 257], seconds.
-        """
-        from mmrl.rules.dispatch import suggest
-
-        return int(suggest(self.number, s, r, decode_tables, prefill_tables, self.params))

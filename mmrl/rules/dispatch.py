@@ -1,4 +1,7 @@
-"""``suggest``: the action of any rule by its number, so that one compiled driver runs them all."""
+"""``suggest``: the action of any rule by its number, so that one compiled driver runs them all.
+
+`act` is the same for a `Rule` and one node.
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +19,7 @@ from mmrl.rules import (
     slack,
     static,
 )
+from mmrl.rules.base import Rule
 
 
 @jit
@@ -59,3 +63,18 @@ def suggest(
     if number == 8:
         return partial.suggest(s, r, decode_tables, prefill_tables, params)
     raise ValueError("no rule has this number")
+
+
+def act(
+    rule: Rule, s: Record, r: Nodes, decode_tables: CostTable, prefill_tables: CostTable
+) -> int:
+    """Return the action of a rule for one node, a legal one.
+
+    Args:
+        rule: The rule.
+        s: The node.
+        r: Its requests.
+        decode_tables: float64[P, 65, 33], seconds.
+        prefill_tables: float64[P, 257], seconds.
+    """
+    return int(suggest(rule.number, s, r, decode_tables, prefill_tables, rule.params))

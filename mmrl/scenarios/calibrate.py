@@ -84,7 +84,8 @@ def calibrate(
         (utilisation, rounded to three digits, and the goodput there).
 
     Raises:
-        NoCrossing: The goodput is below at the lightest load or above at the heaviest.
+        NoCrossing: The goodput is below at the lightest load or above at the heaviest, or so noisy
+            that the fitted line does not cross among the loads tried.
     """
     start = min(max(scenario.utilisation_at_load_1, LEAST), MOST)
     reached = functools.partial(goodput, scenario)
@@ -112,7 +113,8 @@ def find_crossing(
         (load, rounded to three digits, and the goodput there).
 
     Raises:
-        NoCrossing: The goodput is below at the lightest load or above at the heaviest.
+        NoCrossing: The goodput is below at the lightest load or above at the heaviest, or so noisy
+            that the fitted line does not cross among the loads tried.
     """
 
     def enough(load: float) -> bool:
@@ -146,5 +148,11 @@ def find_crossing(
     slope, level = np.polyfit(np.log(tried), reached, 1)
     if slope >= 0:
         raise NoCrossing(f"{what}: goodput does not fall with the load", "play more episodes")
-    found = float(f"{math.exp((GOODPUT - level) / slope):.3g}")
+    crossing = (GOODPUT - level) / slope
+    if not np.log(tried[0]) <= crossing <= np.log(tried[-1]):  # nothing was played out there
+        raise NoCrossing(
+            f"{what}: goodput is too noisy to say where it falls through {GOODPUT:g}",
+            "play more episodes",
+        )
+    found = float(f"{math.exp(crossing):.3g}")
     return found, goodput(found)

@@ -146,7 +146,7 @@ class EpisodeSampler:
     @property
     def longest_tokens(self) -> int:
         """The most tokens, prompt and output, that a request can have."""
-        return self._source.longest_tokens
+        return int(np.max(self._source.longest_tokens))
 
     def most_tokens(self, platform: int) -> NDArray[np.int64]:
         """Return the most tokens of a request for each model of the fixed fleet, int64[M].

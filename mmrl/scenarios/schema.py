@@ -23,16 +23,12 @@ from mmrl.errors import InputError, first_error, nearest
 from mmrl.node.state import MAX_MODELS
 from mmrl.scenarios.targets import Targets
 from mmrl.workloads.fleet import Mapping
-from mmrl.workloads.generators import WorkloadSpec
+from mmrl.workloads.generators import WorkloadSpec, as_range
 
 if TYPE_CHECKING:
     from mmrl.scenarios.sampler import EpisodeSampler
 
 REMEDY = "docs/scenarios.md describes each field"
-
-
-def _as_range(value: Any) -> Any:
-    return (value, value) if isinstance(value, int | float) else value
 
 
 def _as_list(value: Any) -> Any:
@@ -49,11 +45,11 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1
 Positive = Annotated[float, Field(gt=0)]
 # A number, or [low, high] to draw it from uniformly.
 PositiveRange = Annotated[
-    tuple[Positive, Positive], BeforeValidator(_as_range), AfterValidator(_rising)
+    tuple[Positive, Positive], BeforeValidator(as_range), AfterValidator(_rising)
 ]
 FleetSize = Annotated[int, Field(ge=1, le=MAX_MODELS)]
 SizeRange = Annotated[
-    tuple[FleetSize, FleetSize], BeforeValidator(_as_range), AfterValidator(_rising)
+    tuple[FleetSize, FleetSize], BeforeValidator(as_range), AfterValidator(_rising)
 ]
 
 
@@ -142,7 +138,7 @@ class Scenario(_Strict):
         drain_s: The episode then goes on for so long; what is unfinished at its end is a miss.
         interval_s: Longest time between two decision instants.
         latency_s: From an event to the decision that it asks for.
-        gap_s: Shortest time between two askings of the policy.
+        gap_s: Shortest time between two askings of the policy; at most `interval_s`.
         host_kv_gb: Host memory for saved KV cache; the platform's unless given.
         jitter: Each cost of each model is off by up to this fraction, drawn per episode.
         reward: Weights of the reward.
@@ -194,6 +190,12 @@ class Scenario(_Strict):
             given = (getattr(self, one) is not None) + (getattr(self, other) is not None)
             if given != 1:
                 raise ValueError(f"{one} or {other}: give {'one' if given == 0 else 'only one'}")
+        return self
+
+    @model_validator(mode="after")
+    def _gaps_are_kept(self) -> "Scenario":
+        if self.interval_s < self.gap_s:  # the timer asks for a decision whatever the gap
+            raise ValueError(f"interval_s: {self.interval_s:g} is below gap_s, {self.gap_s:g}")
         return self
 
     @property

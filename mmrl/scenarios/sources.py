@@ -47,7 +47,12 @@ class GeneratedRequests:
 
     Raises:
         InputError: A file of the workload cannot be read, or it does not suit a fixed fleet.
+
+    Attributes:
+        longest_tokens: The most tokens, prompt and output, of a request to any model.
     """
+
+    longest_tokens: int | NDArray[np.int64]
 
     def __init__(self, spec: WorkloadSpec, scenario: Scenario, bank: CostBank) -> None:
         shares, low = len(spec.popularity.shares), scenario.fleet.size[0] if scenario.fleet else 0
@@ -102,7 +107,13 @@ class RecordedRequests:
 
     Raises:
         InputError: A file cannot be read, or does not suit the fleet.
+
+    Attributes:
+        longest_tokens: The most tokens, prompt and output, of a request as mapped: int64[M] of a
+            fixed fleet's models; of drawn fleets, whose models change places, one number for all.
     """
+
+    longest_tokens: int | NDArray[np.int64]
 
     def __init__(self, spec: TraceSpec, scenario: Scenario, bank: CostBank) -> None:
         if spec.mapping == "names" and scenario.fleet is not None:
@@ -117,12 +128,14 @@ class RecordedRequests:
         self._duration_s = scenario.duration_s
         self._bank = bank
         self._fitted: dict[int, tuple[Trace, NDArray[np.float64]]] = {}
-        self.longest_tokens = int(longest_tokens(self._raw).max())
         for models in range(
             scenario.fleet.size[0] if scenario.fleet else scenario.largest_fleet,
             scenario.largest_fleet + 1,
         ):
             self._fit(models)
+        # Not of the raw trace: what the mapping leaves out needs no room.
+        longest = [longest_tokens(trace) for trace, _ in self._fitted.values()]
+        self.longest_tokens = longest[0] if self._models else max(int(one.max()) for one in longest)
 
     def _fit(self, models: int) -> None:
         """Map the trace to a fleet of this size, and learn what its requests cost on each row."""

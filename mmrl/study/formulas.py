@@ -14,10 +14,9 @@ from scipy.optimize import brentq
 
 from mmrl.node.state import BLOCK_TOKENS
 from mmrl.profiles.costs import CostModel
-from mmrl.profiles.figure import step_s
-from mmrl.profiles.schema import Platform, Profile, TokenPoint, Transfer
+from mmrl.profiles.link import on_link, step_s
+from mmrl.profiles.schema import Platform, Profile
 
-PACED_BY_LINK = 0.5  # a transfer this share of the link's rate or faster is paced by the link
 OUTPUT_KNOTS = 33  # contexts at which the steps of an output are priced
 
 
@@ -182,36 +181,8 @@ def preemption(case: Case, batch: int, context: int, resident_layers: float) -> 
 
 
 def with_link(case: Case, bytes_per_s: float) -> Case:
-    """Return the case on a link of another rate; fixed parts stay.
-
-    A transfer that reaches half of the platform's link is paced by it and follows in proportion;
-    a slower one is paced by something else (pageable memory, software) and is only ever limited.
-    """
-    link = case.platform.link_bytes_per_s
-    ratio = bytes_per_s / link
-
-    def moved(transfer: Transfer) -> Transfer:
-        rate = transfer.bytes_per_s
-        rate = rate * ratio if rate >= PACED_BY_LINK * link else min(rate, bytes_per_s)
-        return transfer.model_copy(update={"bytes_per_s": rate})
-
-    profile = case.profile
-    stream = moved(profile.stream)
-    slower = profile.stream.bytes_per_s / stream.bytes_per_s
-    changed = profile.model_copy(
-        update={
-            "load": moved(profile.load),
-            "stream": stream,
-            "streamed_layer_s": tuple(
-                TokenPoint(tokens=p.tokens, time_s=p.time_s * slower)
-                for p in profile.streamed_layer_s
-            ),
-            "kv_save": moved(profile.kv_save),
-            "kv_restore": moved(profile.kv_restore),
-        }
-    )
-    platform = case.platform.model_copy(update={"link_bytes_per_s": bytes_per_s})
-    return Case.of(platform, changed)
+    """Return the case on a link of another rate, see `on_link`."""
+    return Case.of(*on_link(case.platform, case.profile, bytes_per_s))
 
 
 def all_streamed_s(costs: CostModel, tokens: int) -> float:

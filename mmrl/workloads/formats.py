@@ -39,7 +39,8 @@ class Format:
             request; raises FailedRequest, or ValueError with the reason where the row is bad.
         tick_s: Times that are all multiples of this are spread over it. 0: times are exact.
             None: times that requests share are spread over the time to the next.
-        own_clock: Times count from the trace's own zero; else the first request is the zero.
+        own_clock: Times count from the trace's own zero, unless they begin far beyond it; else the
+            first request is the zero.
     """
 
     columns: tuple[str, ...]
@@ -71,17 +72,24 @@ def _time_ns(value: Any, unit_ns: int = 10**9) -> int:
     return int(time)
 
 
+def _name(value: Any) -> str:
+    if not isinstance(value, str):  # a JSON value may be anything
+        raise ValueError(f"model {value!r} is not text")
+    if not value:
+        raise ValueError("model is empty")
+    return value
+
+
 def _parse_own(row: dict[str, Any], file: str) -> Request:
     time_ns = _time_ns(row["arrival_s"])
     if time_ns < 0:
         raise ValueError(f"arrival_s {row['arrival_s']} is negative")
-    if not row["model"]:
-        raise ValueError("model is empty")
+    model = _name(row["model"])
     kind = row.get("class") or INTERACTIVE
     if kind not in (INTERACTIVE, BATCH):
         raise ValueError(f"class '{kind}' is neither {INTERACTIVE} nor {BATCH}")
     prompt, output = tokens(row["prompt_tokens"]), tokens(row["output_tokens"])
-    return Request(time_ns, row["model"], prompt, output, kind == BATCH)
+    return Request(time_ns, model, prompt, output, kind == BATCH)
 
 
 def _parse_azure_llm(row: dict[str, Any], file: str) -> Request:
@@ -93,7 +101,8 @@ def _parse_azure_llm(row: dict[str, Any], file: str) -> Request:
 
 def _parse_burstgpt(row: dict[str, Any], file: str) -> Request:
     answer = _answer(row["Response tokens"])  # first: failed rows may have no prompt either
-    return Request(_time_ns(row["Timestamp"]), row["Model"], tokens(row["Request tokens"]), answer)
+    model, prompt = _name(row["Model"]), tokens(row["Request tokens"])
+    return Request(_time_ns(row["Timestamp"]), model, prompt, answer)
 
 
 def _block_hashes(unit_ns: int) -> Callable[[dict[str, Any], str], Request]:

@@ -36,6 +36,7 @@ from mmrl.workloads.lengths import (
     length_table,
     sample_lengths,
 )
+from mmrl.workloads.readers import read_length_pairs
 from mmrl.workloads.trace import Trace
 
 ARRIVAL_KINDS = ("poisson", "gamma", "onoff")
@@ -43,7 +44,8 @@ POISSON, GAMMA, ONOFF = range(3)
 ArrivalKind = Literal["poisson", "gamma", "onoff"]
 
 
-def _as_range(value: Any) -> Any:
+def as_range(value: Any) -> Any:
+    """Return a number as the range from it to itself; everything else as it is."""
     return (value, value) if isinstance(value, int | float) else value
 
 
@@ -61,7 +63,7 @@ def _as_written(range_: tuple[float, float]) -> float | tuple[float, float]:
 
 
 # A number, or [low, high] to draw it from uniformly.
-Range = Annotated[tuple[float, float], BeforeValidator(_as_range), PlainSerializer(_as_written)]
+Range = Annotated[tuple[float, float], BeforeValidator(as_range), PlainSerializer(_as_written)]
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -204,8 +206,6 @@ class WorkloadSpec(BaseModel):
         kinds = self.arrivals.kind
         pairs = None
         if self.lengths.file is not None:
-            from mmrl.workloads.readers import read_length_pairs
-
             pairs = read_length_pairs(self.lengths.file)
         families = family_names(self.lengths.family)
         return WorkloadRanges(

@@ -30,6 +30,7 @@ FUNCTIONS = "azure-functions"
 FORMAT_NAMES = (*FORMATS, FUNCTIONS)
 MINUTE_COLUMN = re.compile(r"(?:min)?\d+")
 MAX_INVOCATIONS = 20_000_000
+FAR = 10  # times its span, or an hour: no trace that counts from its own zero begins so late
 BAD_ROW_REMEDY = "correct it, or skip and count bad rows with --skip-bad"
 
 
@@ -84,7 +85,8 @@ def read_trace(
     """Read the files of one trace; gzip is seen through.
 
     Args:
-        paths: The files; each is a service of its own where the format names none.
+        paths: The files; each is a service of its own where the format names none, called like
+            the file, and with its folder where two have one name.
         format: One of `FORMAT_NAMES`; None to tell by the first line.
         skip_bad: Skip bad rows and count them in the notes, instead of raising.
         seed: For times that are spread and lengths that are drawn.
@@ -114,8 +116,8 @@ def read_trace(
         return _read_functions(files, skip_bad, rng, lengths)
     format_ = FORMATS[names[0]]
     columns = _Columns()
-    for path in files:
-        _read_rows(path, names[0], format_, skip_bad, columns)
+    for path, service in zip(files, _services(files), strict=True):
+        _read_rows(path, service, names[0], format_, skip_bad, columns)
     return _to_trace(columns, format_, rng)
 
 
@@ -133,7 +135,7 @@ def read_length_pairs(path: str | Path) -> NDArray[np.int32]:
     if name == FUNCTIONS:
         raise InputError(f"{path} records no lengths", "name a trace that does")
     columns = _Columns()
-    _read_rows(Path(path), name, formats[name], False, columns)
+    _read_rows(Path(path), "", name, formats[name], False, columns)
     return np.stack([columns.prompt_tokens, columns.output_tokens], axis=1).astype(np.int32)
 
 
@@ -199,7 +201,7 @@ def _csv_rows(
     for row in reader:
         line = number + reader.line_num
         if len(row) == len(header):
-            yield line, dict(zip(header, row, strict=True))
+            yield line, {name: value.strip() for name, value in zip(header, row, strict=True)}
         elif row:
             yield line, f"{len(row)} fields where the header has {len(header)}"
 
@@ -244,9 +246,23 @@ class _Problems:
         return [what] if self.count else []
 
 
-def _read_rows(path: Path, name: str, format: Format, skip_bad: bool, columns: _Columns) -> None:
+def _services(files: list[Path]) -> list[str]:
+    """Name the service that each file is, all of them differently."""
+    names = [
+        path.name.removesuffix(".gz").removesuffix(".csv").removesuffix(".jsonl") for path in files
+    ]
+    for parts in (2, None):  # with the folder, and then the whole path
+        names = [
+            str(Path(*path.parts[-parts if parts else None :])) if names.count(name) > 1 else name
+            for path, name in zip(files, names, strict=True)
+        ]
+    return names
+
+
+def _read_rows(
+    path: Path, service: str, name: str, format: Format, skip_bad: bool, columns: _Columns
+) -> None:
     """Append one file's requests, and what is to be said about it."""
-    service = path.name.removesuffix(".gz").removesuffix(".csv").removesuffix(".jsonl")
     problems = _Problems(path, skip_bad)
     before, failed, unsorted, last_ns = len(columns), 0, 0, -(2**62)
     with _open_table(path) as table:
@@ -303,9 +319,14 @@ def _take_header(path: Path, about: dict[str, Any], columns: _Columns) -> None:
 def _to_trace(columns: _Columns, format: Format, rng: np.random.Generator) -> Trace:
     """Set the zero, spread rounded times, sort, and find the duration where none is recorded."""
     time_ns = np.array(columns.time_ns, np.int64)
+    first_ns, span_ns = int(time_ns.min()), int(np.ptp(time_ns))
+    moved: list[str] = []
     if not format.own_clock:
-        time_ns -= time_ns.min()
-    time_ns, notes = _spread(time_ns, format.tick_s, rng)
+        time_ns -= first_ns
+    elif not any(columns.durations_s) and first_ns > FAR * max(span_ns, 3600 * 10**9):
+        time_ns -= first_ns  # Unix times, say: the trace would last since 1970
+        moved = [f"took the first request, at {first_ns / 1e9:.0f} s, for the zero of time"]
+    time_ns, spread = _spread(time_ns, format.tick_s, rng)
     order = np.argsort(time_ns, kind="stable")
     first_s, last_s = time_ns[order[0]] / 1e9, time_ns[order[-1]] / 1e9
     # One mean gap after the last request: to end with it would overestimate a short trace's rate.
@@ -321,7 +342,7 @@ def _to_trace(columns: _Columns, format: Format, rng: np.random.Generator) -> Tr
         batch_work=np.array(columns.batch_work, np.bool_)[order],
         model_names=tuple(columns.services),
         duration_s=float(duration_s),
-        notes=(*columns.notes, *notes),
+        notes=(*columns.notes, *moved, *spread),
     )
 
 

@@ -11,6 +11,7 @@ from mmrl.node.state import DECODE, DONE
 from mmrl.rollout import run_rule
 from mmrl.rules import Slack
 from mmrl.rules.common import generated_tokens
+from mmrl.rules.dispatch import act
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.seeds import episode_rng
 from mmrl.sim.batch import Simulator
@@ -60,7 +61,7 @@ def test_who_knows_the_future_never_earns_less(sampler: Any) -> None:
     planner.base.prepare(ruled.nodes)
     tables = ruled.decode_tables, ruled.prefill_tables
     of_base = rewards(
-        ruled, lambda i: planner.base.act(ruled.nodes[i], ruled.request_array[i], *tables)
+        ruled, lambda i: act(planner.base, ruled.nodes[i], ruled.request_array[i], *tables)
     )
     assert (earned >= of_base - 1e-6).all() and (earned > of_base + 0.1).any()
     assert not simulator.nodes.illegal_actions.any()

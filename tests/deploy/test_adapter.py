@@ -16,6 +16,7 @@ from mmrl.node.actions import verb_names
 from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES
 from mmrl.node.state import DISPATCHES, NEVER
 from mmrl.rules import get_rule
+from mmrl.rules.dispatch import act
 from tests.deploy.test_node import instant, live
 from tests.sim.scenes import random_scene
 
@@ -87,7 +88,7 @@ def test_a_policy_sees_the_suggestion_of_its_prior(node: LiveNode) -> None:
     seen, mask = node.look()
     suggestion = policy.seen[0][len(seen) :]
     tables = node.decode_tables, node.prefill_tables
-    champions = CHAMPION.act(node.state, node.requests, *tables)
+    champions = act(CHAMPION, node.state, node.requests, *tables)
     assert suggestion.argmax() == champions and suggestion.sum() == 1
     assert len(suggestion) == len(mask)
 
@@ -129,7 +130,7 @@ def test_the_champion_decides_where_the_policy_fails(node: LiveNode, scores: Any
     verdict = adapter.decide(node.nodes, node.table)
     assert verdict.by == "champion" and adapter.fallbacks == {why: 1}
     tables = node.decode_tables, node.prefill_tables
-    assert verdict.action == CHAMPION.act(node.state, node.requests, *tables)
+    assert verdict.action == act(CHAMPION, node.state, node.requests, *tables)
 
 
 def test_an_illegal_action_is_not_done(node: LiveNode, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from mmrl.envs.env import MultiModelServingEnv
 from mmrl.envs.wrappers import MaskInObservation
 from mmrl.errors import InputError
 from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES
+from mmrl.rules.dispatch import act
 from mmrl.scenarios.schema import Scenario
 
 ID = "mmrl/MultiModelServing-v0"
@@ -180,7 +181,7 @@ def test_the_suggestion_is_the_action_of_the_rule(busy: Scenario) -> None:
     for _ in range(100):
         suggested = np.flatnonzero(observation[env.layout.public_size :])
         tables = simulator.decode_tables, simulator.prefill_tables
-        assert suggested == [rule.act(simulator.nodes[0], simulator.requests[0], *tables)]
+        assert suggested == [act(rule, simulator.nodes[0], simulator.requests[0], *tables)]
         taken.add(int(suggested[0]))
         observation, _, terminated, truncated, _ = env.step(suggested[0])
         if terminated or truncated:

@@ -6,6 +6,7 @@ from mmrl.profiles.interpolate import MARK, interpolated_profile, interpolated_p
 from mmrl.profiles.registry import get_platform, get_profile
 
 NEIGHBOURS = [("qwen2.5-0.5b", "qwen2.5-1.5b"), ("qwen2.5-7b", "qwen2.5-14b")]
+FLEET = ["qwen2.5-0.5b", "qwen2.5-1.5b", "llama3.2-3b", "qwen2.5-7b", "qwen2.5-14b"]
 POINTS = [(1, 512), (8, 2048), (64, 8192)]
 
 
@@ -49,3 +50,15 @@ def test_so_many_between_each_two() -> None:
     assert sizes == sorted(sizes)
     assert 0.49 < sizes[0] < sizes[1] < 3.2 < sizes[2] < sizes[3] < 7.6
     assert interpolated_profiles(place, known[:1] * 2, 3) == []
+
+
+def test_sizes_that_look_alike_have_names_of_their_own() -> None:
+    place = get_platform("h200")
+    alike = [get_profile("h200", name) for name in ("qwen2.5-7b", "llama3.1-8b")]
+    names = [profile.model for profile in interpolated_profiles(place, alike, 8)]
+    assert len(set(names)) == len(names) == 8
+    assert any(name.endswith("-2") for name in names)
+    # those of universal, on which policies were trained, are called as ever
+    known = [get_profile("h200", name) for name in FLEET]
+    expected = ["~0.71b", "~1.07b", "~1.93b", "~2.49b", "~4.11b", "~5.79b", "~9.46b", "~11.71b"]
+    assert [profile.model for profile in interpolated_profiles(place, known, 2)] == expected

@@ -10,7 +10,8 @@ from mmrl.cli.profile import app
 from mmrl.errors import InputError
 from mmrl.profiles import registry
 from mmrl.profiles.costs import CostModel
-from mmrl.profiles.figure import BATCHES, residency_figure, step_s
+from mmrl.profiles.figure import BATCHES, residency_figure
+from mmrl.profiles.link import step_s
 
 SEVEN = registry.DATA / "h200" / "qwen2.5-7b.json"
 

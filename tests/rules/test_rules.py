@@ -11,6 +11,7 @@ from mmrl.node.state import NODE, REQUEST, new_nodes, new_requests
 from mmrl.rollout import run_nodes
 from mmrl.rules import Rule, get_rule, rule_class, rule_names
 from mmrl.rules.base import MAX_PARAMS
+from mmrl.rules.dispatch import act
 from mmrl.rules.registry import tuned_params
 from mmrl.sim.kernel import advance, start, step
 from mmrl.tuning import draw_rule
@@ -56,7 +57,7 @@ def decisions(rule: Rule, s: Any, r: Any, *tables: Any) -> Any:
     """Let a rule drive a node; yield (now in ms, action) before each action is done."""
     rule.prepare(s)
     while not s.done:
-        action = rule.act(s, r, *tables)
+        action = act(rule, s, r, *tables)
         yield s.now_ns / MS, action
         step(s, r, *tables, action)
 
@@ -101,7 +102,7 @@ def test_a_rule_is_a_function_of_the_state(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in rule_names() if n != "static"])
 def test_a_model_that_fits_is_loaded_at_once(name: str) -> None:
     s, r, *tables = small_node([(0, 0, 4), (0, 0, 4)], 1, 1)
-    assert decode(0, get_rule(name).act(s, r, *tables)) == (0, LEVEL_100)
+    assert decode(0, act(get_rule(name), s, r, *tables)) == (0, LEVEL_100)
 
 
 def test_numbers_and_parameters_are_distinct_and_fit() -> None:
@@ -134,7 +135,7 @@ def test_keep_alive_protects_an_idle_model() -> None:
 
 def test_ollama_offloads_a_part_of_what_can_never_fit() -> None:
     s, r, *tables = small_node([(0, 0, 4)], 1, 1, full_verbs=1, budget_bytes=900_000)
-    model, verb = decode(1, get_rule("lru").act(s, r, *tables))
+    model, verb = decode(1, act(get_rule("lru"), s, r, *tables))
     assert model == 0 and verb == LEVEL_0 and not legal(s, r, 0, LEVEL_100)
     play(get_rule("lru"), s, r, *tables)
     assert s.done == 1 and s.stream_bytes[0] > 0
@@ -188,7 +189,7 @@ def test_drain_first_waits_for_its_threshold_and_for_what_came_before() -> None:
 def test_setup_index_prefers_the_longer_queue() -> None:
     requests = [(0, 0, 4), *[(0, 1, 4) for _ in range(5)]]
     s, r, *tables = small_node(requests, 2, 1)
-    assert decode(0, get_rule("setup-index").act(s, r, *tables)) == (1, LEVEL_100)
+    assert decode(0, act(get_rule("setup-index"), s, r, *tables)) == (1, LEVEL_100)
 
 
 # --- the champion ---------------------------------------------------------------------------------

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mmrl.errors import InputError
-from mmrl.scenarios.calibrate import calibrate
+from mmrl.scenarios.calibrate import NoCrossing, calibrate, find_crossing
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.schema import Scenario
 
@@ -35,3 +35,22 @@ def test_noise_is_averaged() -> None:
 def test_a_goodput_out_of_reach_is_said(constant: float, expected: str) -> None:
     with pytest.raises(InputError, match=f"demo.*{expected}"):
         calibrate(get_scenario("demo"), lambda s, u: constant, lambda u, g: None)
+
+
+def test_no_load_is_claimed_where_nothing_was_played() -> None:
+    """Goodput is flat but for noise: a fitted line would cross far away from what was tried."""
+    noise = np.random.default_rng(1)
+    refused = 0
+    for _ in range(50):
+        tried: list[float] = []
+
+        def goodput(load: float) -> float:
+            return 0.9 + 0.02 * float(noise.standard_normal())
+
+        try:
+            found, _ = find_crossing("it", goodput, lambda u, _: tried.append(u), 1.0, (0.1, 10.0))  # noqa: B023
+        except NoCrossing:
+            refused += 1
+        else:
+            assert min(tried) <= found * 1.005 and found <= max(tried) * 1.005  # rounded
+    assert 0 < refused < 50

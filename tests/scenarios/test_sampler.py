@@ -286,6 +286,30 @@ def test_a_trace_that_does_not_fit_says_what_to_leave_out(tmp_path: Path) -> Non
     get_scenario("demo", **options).sampler()
 
 
+def test_each_model_is_sized_by_the_requests_that_it_gets(tmp_path: Path) -> None:
+    rows = ["arrival_s,model,prompt_tokens,output_tokens"]
+    for k in range(30):
+        rows += [f"{k}.1,short,100,20", f"{k}.2,short,100,20", f"{k}.3,long,8000,20"]
+    path = tmp_path / "three.csv"
+    path.write_text("\n".join([*rows, "30,rare,900000,10", ""]))
+    given = {"trace": {"paths": path, "mapping": "services"}, "utilisation_at_load_1": 1.0}
+    fixed = get_scenario("demo", models=["llama3.2-3b", "qwen2.5-7b"], **given)
+    sampler = fixed.sampler()  # the one long request is to no model of this fleet
+    assert sampler.longest_tokens == 8020
+    # a fraction is raised to what the models need, with no regard to the long request either
+    tight = {"models": ["qwen2.5-7b", "qwen2.5-0.5b"], "budget_fraction": 0.01}
+    budgets = [
+        draw(get_scenario("demo", **tight, **source).sampler(), 0)[0].budget_gb
+        for source in (given, {"utilisation_at_load_1": 1.0})
+    ]
+    assert budgets[0] == budgets[1]
+    # drawn models change places, so each of them has room for the longest of all
+    drawn = {"size": [1, 2], "choose_from": ["llama3.2-3b"]}
+    assert get_scenario("demo", fleet=drawn, **given).sampler().longest_tokens == 8020
+    with pytest.raises(InputError, match="none of them fits"):
+        get_scenario("demo", fleet=drawn | {"size": [2, 3]}, **given).sampler()
+
+
 def test_a_short_trace_begins_anew(tmp_path: Path) -> None:
     path = tmp_path / "short.csv"
     make_trace(tuple("abcdef"), 20.0, 1.0).to_csv(path)

@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from mmrl.cli.scenarios import app
+from mmrl.errors import InputError
 from mmrl.scenarios.registry import scenario_names
 
 
@@ -41,3 +43,24 @@ def test_show_a_users_trace(tmp_path: Path) -> None:
     output = " ".join(run("show", str(tmp_path / "mine.toml")).split())
     assert "read 3 requests from two.csv" in output
     assert "mapped services by popularity" in output
+
+
+def test_play_an_episode_and_show_it_in_perfetto(tmp_path: Path) -> None:
+    trace = tmp_path / "episode.json"
+    output = run("play", "demo", "--episode", "3", "--load", "1.2", "--perfetto", str(trace))
+    assert "slack on demo, test episode 3" in output and "met its targets" in output
+    assert "ui.perfetto.dev" in output
+    about = json.loads(trace.read_text())
+    assert about["otherData"]["scenario"] == "demo" and about["otherData"]["load"] == 1.2
+    assert any(event["name"] == "generating" for event in about["traceEvents"])
+    assert any(event["name"].startswith("level100 ") for event in about["traceEvents"])
+
+
+def test_an_episode_that_cannot_be_played_is_explained() -> None:
+    for arguments, message in (
+        (["--policy", "slak"], "unknown policy 'slak'"),
+        (["--load", "99"], "option load is 99"),
+    ):
+        result = CliRunner().invoke(app, ["play", "demo", *arguments])
+        assert isinstance(result.exception, InputError)
+        assert message in str(result.exception)

@@ -58,6 +58,47 @@ def test_an_override_replaces_its_alternative() -> None:
     assert changed.models == get_scenario("demo").models
 
 
+VARIED = (
+    MINIMAL
+    + """
+[[variants]]
+platform = "./mine"
+trace = { paths = "day.csv" }
+[[variants]]
+platform = ["h200", "./mine"]
+load = [0.5, 1.5]
+budget_fraction = 0.5
+workload = { lengths = { family = "empirical", file = "pairs.csv" } }
+"""
+)
+
+
+def test_paths_of_variants_count_from_the_file_too(tmp_path: Path) -> None:
+    first, second = get_scenario(write(tmp_path, VARIED)).parts()
+    assert first.platform == (str(tmp_path / "mine"),)
+    assert first.trace is not None and first.trace.paths == (tmp_path / "day.csv",)
+    assert second.platform == ("h200", str(tmp_path / "mine"))
+    assert second.workload is not None
+    assert second.workload.lengths.file == tmp_path / "pairs.csv"
+
+
+def test_an_override_holds_in_every_variant(tmp_path: Path) -> None:
+    path = write(tmp_path, VARIED)
+    before, after = get_scenario(path), get_scenario(path, load=2.0, budget_gb=30)
+    assert [part.load for part in before.parts()] == [(1.0, 1.0), (0.5, 1.5)]
+    assert [part.load for part in after.parts()] == [(2.0, 2.0)] * 2
+    assert [part.budget_gb for part in after.parts()] == [30, 30]  # not a variant's fraction
+    assert [part.platform for part in after.parts()] == [part.platform for part in before.parts()]
+    parts = get_scenario("universal", platform="l40s", utilisation_at_load_1=9).parts()
+    assert {(part.platform, part.utilisation_at_load_1) for part in parts} == {(("l40s",), 9.0)}
+
+
+def test_variants_that_are_no_tables_are_named(tmp_path: Path) -> None:
+    for wrong in ("variants = 3", "variants = [1]"):
+        with pytest.raises(InputError, match=r"mine.toml: variants"):
+            get_scenario(write(tmp_path, f"{wrong}\n{MINIMAL}"), load=1.0)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -75,6 +116,7 @@ def test_an_override_replaces_its_alternative() -> None:
             "budget_gb = 24\nload = [1.3, 0.5]",
             "load: .*the lower end comes first",
         ),
+        ("budget_gb = 24", "budget_gb = 24\ninterval_s = 0.01", "interval_s: 0.01 is below gap_s"),
         ("budget_gb = 24", "budget_gb = 24\nverbs = 'ful'", "verbs: .*did you mean 'full'"),
         ("utilisation_at_load_1 = 0.5", "", "utilisation_at_load_1: field required"),
         ('["qwen2.5-7b", "llama3.2-3b"]', "[]", "models"),

@@ -45,7 +45,14 @@ class Kernel:
 
 
 def unlike(s: Record, r: Nodes, reference: ReferenceNode) -> dict[str, tuple[Any, Any]]:
-    """Return every quantity on which kernel and reference differ: name -> (kernel, reference)."""
+    """Return every quantity on which kernel and reference differ: name -> (kernel, reference).
+
+    Copies are compared: to write down the steps of a running segment is the kernel's own business,
+    and what it has not written yet must be right when it does.
+    """
+    nodes, table = new_nodes(1), new_requests(1, len(r))
+    nodes[0], table[0] = s, r
+    s, r = nodes[0], table[0]
     theirs = reference.state()
     mine: dict[str, Any] = {}
     requests = theirs.pop("requests")

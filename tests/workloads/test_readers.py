@@ -33,6 +33,12 @@ o,b,f3,http,0,2,0
 o,b,f1,queue,1,0,0
 """
 OWN = "arrival_s,model,prompt_tokens,output_tokens\n1.5,b,10,20\n1.5,a,30,40\n"
+OWN_JSON = """{"arrival_s": 1, "model": "a", "prompt_tokens": 10, "output_tokens": 20}
+{"arrival_s": 2, "model": "b", "prompt_tokens": 10, "output_tokens": 20}
+"""
+BURST_JSON = """{"Timestamp": 1, "Model": "a", "Request tokens": 10, "Response tokens": 20}
+{"Timestamp": 2, "Model": "b", "Request tokens": 10, "Response tokens": 20}
+"""
 
 
 @pytest.fixture
@@ -69,6 +75,19 @@ def test_several_files_are_services_on_one_clock(write):
     assert trace.model_names == ("conv", "code")
     assert (trace.arrival_ns[trace.model == 0] // 10**9).tolist() == [0, 1, 4]
     assert (trace.arrival_ns[trace.model == 1] // 10**9).tolist() == [4, 10, 11]
+
+
+def test_files_of_one_name_are_services_of_their_own(write, tmp_path):
+    for folder in ("d1", "d2", "x/d3", "y/d3"):
+        (tmp_path / folder).mkdir(parents=True)
+    two = [write(AZURE, f"{folder}/conv.csv") for folder in ("d1", "d2")]
+    assert read_trace(two).model_names == ("d1/conv.csv", "d2/conv.csv")
+    zipped = [write(AZURE, "conv.csv"), write(AZURE, "conv.csv.gz"), write(AZURE, "code.csv")]
+    folder = tmp_path.name
+    expected = (f"{folder}/conv.csv", f"{folder}/conv.csv.gz", "code")
+    assert read_trace(zipped).model_names == expected
+    deep = [write(AZURE, f"{folder}/conv.csv") for folder in ("x/d3", "y/d3")]
+    assert read_trace(deep).model_names == tuple(map(str, deep))
 
 
 def test_burstgpt_spreads_within_the_second_and_skips_failures(write):
@@ -127,6 +146,25 @@ def test_own_csv_without_our_comment(write):
     assert trace.batch_work.tolist() == [True, False]
 
 
+def test_own_times_that_begin_far_beyond_zero_are_moved_to_it(write):
+    unix = OWN.replace("1.5,b", "1718000000,b").replace("1.5,a", "1718000060.5,a")
+    trace = read_trace([write(unix)])
+    assert trace.arrival_ns.tolist() == [0, 60_500_000_000]
+    assert trace.duration_s == 121
+    assert trace.notes[1] == "took the first request, at 1718000000 s, for the zero of time"
+    evening = OWN.replace("1.5,b", "30000,b").replace("1.5,a", "30060,a")
+    assert read_trace([write(evening)]).arrival_ns[0] == 30_000 * 10**9
+    told = read_trace([write('# {"duration_s": 2e9}\n' + unix)])  # what is said is believed
+    assert told.arrival_ns[0] == 1_718_000_000 * 10**9 and told.duration_s == 2e9
+
+
+def test_spaces_around_values_do_not_matter(write):
+    spaced = OWN.replace("tokens\n", "tokens,class\n").replace(",20", ", 20, batch")
+    trace = read_trace([write(spaced.replace(",b,", ", b ,").replace(",40", ", 40,"))])
+    assert trace.model_names == ("b", "a")
+    assert trace.batch_work.tolist() == [True, False]
+
+
 def test_a_file_that_ends_later_than_another_says_counts(write):
     told = '# {"duration_s": 2.0}\n' + OWN
     later = "arrival_s,model,prompt_tokens,output_tokens\n0,b,1,1\n60,c,1,1\n"
@@ -159,7 +197,12 @@ BAD_ROWS = [
     (FUNCTIONS, "0,2,0", "0,x,0", 4, "invalid literal"),
     (OWN, "1.5,a", "-1.5,a", 3, "arrival_s -1.5 is negative"),
     (OWN, "1.5,a", "1.5,", 3, "model is empty"),
+    (OWN, "1.5,a", "1.5,  ", 3, "model is empty"),
     (OWN, "30,40", "30,0", 3, "0 is not a number of tokens"),
+    (OWN_JSON, '"b"', "7", 2, "model 7 is not text"),
+    (OWN_JSON, '"b"', '["a"]', 2, "model ['a'] is not text"),
+    (OWN_JSON, '"b"', "null", 2, "model None is not text"),
+    (BURST_JSON, '"b"', "7", 2, "model 7 is not text"),
 ]
 
 

@@ -1,10 +1,10 @@
 """`Contender`: a policy that takes part in an evaluation, named as the user names it.
 
-A rule (``slack``; ``slack@tuned`` with the parameters that are shipped as tuned for the scenario,
-``slack@runs/tuned.toml`` with those of a file that `mmrl tune` wrote), ``mpc`` or ``clairvoyant``
-(see ``mmrl.bounds``), the best policy of a run folder (``runs/x``; ``runs/x@step0`` is the one it
-started from), the folder of an exported policy, or ``default``, the one that is shipped.
-``label=...`` in front of a learned policy gives it a name.
+A rule (``slack``; ``slack@tuned`` with the parameters that are shipped as tuned for the scenario
+or, where it has none, for fleets of any kind; ``slack@runs/tuned.toml`` with those of a file that
+`mmrl tune` wrote), ``mpc`` or ``clairvoyant`` (see ``mmrl.bounds``), the best policy of a run
+folder (``runs/x``; ``runs/x@step0`` is the one it started from), the folder of an exported policy,
+or ``default``, the one that is shipped. ``label=...`` in front of a learned policy gives it a name.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from mmrl.bounds import PLANNERS, Planner
 from mmrl.errors import InputError, nearest
 from mmrl.rules import get_rule, rule_names
 from mmrl.rules.base import Rule
-from mmrl.rules.registry import TUNED, tuned_params
+from mmrl.rules.registry import TUNED, tuned_for, tuned_params
 from mmrl.scenarios.registry import get_scenario
 
 CHAMPION = "slack"
@@ -55,14 +55,14 @@ class Contender:
 
     def plays(self, scenario: str) -> bool:
         """Whether the contender exists for a scenario: a rule may not be tuned for it."""
-        return self.tuned is None or self.rule in tuned_params(self.tuned).get(scenario, {})
+        return self.tuned is None or tuned_for(scenario, self.rule, self.tuned) is not None
 
     def rule_for(self, scenario: str) -> Rule:
         """Return the rule with its parameters for a scenario."""
         if self.params is not None:
             return get_rule(self.rule, **dict(self.params))
         if self.tuned is not None:
-            return get_rule(self.rule, **tuned_params(self.tuned)[scenario][self.rule])
+            return get_rule(self.rule, **(tuned_for(scenario, self.rule, self.tuned) or {}))
         return get_rule(self.rule)
 
     def planner_for(self, scenario: str) -> Planner:
@@ -74,18 +74,20 @@ class Contender:
 
 
 def champion_for(scenario: str) -> Rule:
-    """Return the champion, tuned for a scenario where it was."""
-    return get_rule(CHAMPION, **tuned_params().get(scenario, {}).get(CHAMPION, {}))
+    """Return the champion as tuned for a scenario, or else for any fleet."""
+    return get_rule(CHAMPION, **(tuned_for(scenario, CHAMPION) or {}))
 
 
 def _differs(scenario: str) -> bool:
     """Whether the champion tuned for a scenario is another than the champion."""
-    params = tuned_params().get(scenario, {}).get(CHAMPION)
-    return params is not None and get_rule(CHAMPION, **params) != get_rule(CHAMPION)
+    return champion_for(scenario) != get_rule(CHAMPION)
 
 
 def everyone(scenarios: Iterable[str]) -> list[str]:
     """Return who takes part where nobody is named: the shipped policy and all rules.
+
+    Of the rules `partial` comes once more as tuned: beside slack, which always does (`resolve`), it
+    is the one that is mostly the best.
 
     Args:
         scenarios: Names or paths; the shipped policy stays away if it has not the verbs of one.
@@ -95,7 +97,7 @@ def everyone(scenarios: Iterable[str]) -> list[str]:
     """
     shipped = load_policy(DEFAULT)
     suits = all(shipped.plays(get_scenario(name).verbs == "full") for name in scenarios)
-    return [DEFAULT, *rule_names()] if suits else rule_names()
+    return [*([DEFAULT] if suits else []), *rule_names(), f"partial{AT_TUNED}"]
 
 
 def resolve(names: Sequence[str], scenarios: Iterable[str]) -> list[Contender]:

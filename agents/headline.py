@@ -5,6 +5,7 @@ Where episodes are too few, or policies do equally well, nobody is said to have 
 
 from collections import Counter
 from collections.abc import Sequence
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from mmrl.agents.results import FEWEST
@@ -138,9 +139,9 @@ def overall(boards: Sequence[dict[str, Any]]) -> list[Headline]:
         return [headline for board in boards for headline in headlines(board)]
     intervals = [row["vs_best_rule"]["goodput"] for row in told]
     counts = Counter(map(verdict, intervals))
-    names = list(dict.fromkeys(row["policy"] for row in rows))
+    names = list(dict.fromkeys(row["policy"] for row in told))
     who = names[0] if len(names) == 1 else f"{len(names)} learned policies"
-    if any(row["kind"] == "live" for row in rows) and len(names) > 1:
+    if any(row["kind"] == "live" for row in told) and len(names) > 1:
         who = f"{len(names)} learned policies and live runs"
     beats, loses = ("beats", "loses") if len(names) == 1 else ("beat", "lose")
     ahead = sorted(interval[0] for interval in intervals)
@@ -161,7 +162,7 @@ def overall(boards: Sequence[dict[str, Any]]) -> list[Headline]:
     detail = (
         f"A comparison is one policy at one place and load; in {counts['ties']} the 95 % interval "
         f"holds zero. Differences of goodput: {points(ahead[0])} to {points(ahead[-1])} points, "
-        f"median {points(ahead[len(ahead) // 2])}."
+        f"median {points(median(ahead))}."
     )
     if len(told) < len(compared):
         detail += f" {len(compared) - len(told)} more have too few episodes to tell."

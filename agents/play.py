@@ -37,6 +37,7 @@ Floats = npt.NDArray[np.float32]
 Decide = Callable[[Record, Nodes], int]
 SIDE_BY_SIDE = 50  # episodes that a process plays at a time ...
 PLANNED = 5  # ... where they take seconds each
+LEAST_TIMED = 20  # decisions whose time tells something
 LATENCIES = ("ttft_s", "tpot_s", "norm_latency")
 
 
@@ -286,11 +287,13 @@ def decider(simulator: Simulator, contender: Contender, scenario: str) -> Decide
 def decision_time_us(board: Board, load: float, contender: Contender, most: int = 300) -> float:
     """Return the median time of one decision for one node on this machine, in microseconds.
 
+    NaN where an episode has too few decisions to tell.
+
     Args:
         board: Where.
         load: At which load.
         contender: Who decides.
-        most: How many decisions are timed at most, after some to warm up.
+        most: How many decisions are timed at most, a tenth of them to warm up.
     """
     traces = board.windows[load].traces[:1] if board.trace else ()
     simulator = start(Piece(board.name, board.scenario, load, "test", (0,), contender, traces))
@@ -302,5 +305,6 @@ def decision_time_us(board: Board, load: float, contender: Contender, most: int 
         action = decide(node, requests)
         times_s.append(time.perf_counter() - before)
         simulator.step(np.array([action]))
-    warm = times_s[len(times_s) // 10 :]
-    return float(np.median(warm)) * 1e6 if warm else float("nan")
+    if len(times_s) < LEAST_TIMED:  # the first ones compile, and are most of them
+        return float("nan")
+    return float(np.median(times_s[len(times_s) // 10 :])) * 1e6

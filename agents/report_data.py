@@ -380,7 +380,9 @@ def _places(material: Material) -> list[Place]:
     names = [place.name for place in found.values()]
     for place in found.values():
         if names.count(place.name) > 1:
-            place.name = f"{place.name} ({place.boards[0][0].name})"
+            source = place.boards[0][0]
+            folder = source.parent if runs.is_run(source.parent) else source
+            place.name = f"{place.name} ({folder.name})"
     return list(found.values())
 
 

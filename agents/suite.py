@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmrl.agents.export import DESCRIPTION, WEIGHTS
 from mmrl.agents.provenance import provenance
+from mmrl.agents.results import FEWEST
 from mmrl.agents.suite_policies import Entry, entries
 from mmrl.agents.suite_results import (
     Results,
@@ -28,7 +29,7 @@ from mmrl.agents.suite_results import (
 )
 from mmrl.agents.suite_run import Watch, code_hash, plan, play_suite, trace_cells
 from mmrl.agents.suite_stats import Bootstrap
-from mmrl.agents.suite_verdicts import verdicts
+from mmrl.agents.suite_verdicts import judge
 from mmrl.errors import InputError
 from mmrl.files import atomic_write, refuse_foreign, write_json
 from mmrl.scenarios.suite import Cell, Suite, get_suite
@@ -121,36 +122,35 @@ def document(
         "cells": columns([_cell_row(cell) for cell in cells]),
         "policies": columns([_policy_row(entry) for entry in who]),
         "params": {entry.name: _short(entry.params) for entry in who if entry.params},
-        **{name: columns(rows) for name, rows in tables_of(tables, cells, who).items()},
+        **{name: columns(rows) for name, rows in tables_of(suite, tables, cells, who).items()},
         "unsuited": columns([{"cell": cell, "policy": policy} for cell, policy in unsuited]),
         "provenance": provenance([], traces=[path.name for path in traces]),
     }
 
 
-def tables_of(tables: Tables, cells: Sequence[Cell], who: Sequence[Entry]) -> dict[str, list[Row]]:
+def tables_of(
+    suite: Suite, tables: Tables, cells: Sequence[Cell], who: Sequence[Entry]
+) -> dict[str, list[Row]]:
     """Return the tables of ``result.json`` by name, the verdicts among them."""
     about = {cell.name: {"platform": cell.platform, "group": cell.group} for cell in cells}
     compared = [{**row, **about[row["cell"]]} for row in tables.compared]
-    judged = [
-        verdict
-        for entrant in entrants(who)
-        for verdict in verdicts(
-            entrant.name,
-            tables.pools,
-            compared,
-            tables.figures,
-            tables.headroom,
-            tables.zero_shot,
-        )
-    ]
-    return {
+    found = {
         "figures": tables.figures,
         "compared": compared,
         "pools": tables.pools,
         "headroom": tables.headroom,
         "zero_shot": tables.zero_shot,
-        "verdicts": judged,
     }
+    whole = whole_platforms(suite, tables.figures)
+    return found | {"verdicts": judge([one.name for one in entrants(who)], found, whole)}
+
+
+def whole_platforms(suite: Suite, figures: Sequence[Row]) -> set[str]:
+    """Return the platforms all of whose core cells were played, in `FEWEST` episodes or more."""
+    played = {row["cell"] for row in figures if row["episodes"] >= FEWEST}
+    core = [cell for cell in suite.cells if cell.group == "core"]
+    lacking = {cell.platform for cell in core if cell.name not in played}
+    return {cell.platform for cell in core} - lacking
 
 
 def _cell_row(cell: Cell) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmrl.agents.suite import tables_of
+from mmrl.agents.suite import tables_of, whole_platforms
 from mmrl.agents.suite_policies import COMPARATORS, Entry
 from mmrl.agents.suite_results import Row, make_tables, mean, rows_of
 from mmrl.agents.suite_run import BINS, NUMBERS, CellResult
 from mmrl.agents.suite_stats import Bootstrap
-from mmrl.agents.suite_verdicts import verdicts
-from mmrl.scenarios.suite import Cell
+from mmrl.agents.suite_verdicts import judge
+from mmrl.scenarios.suite import Cell, Suite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,7 @@ P_VALUE = {"rel_tol": 0.05, "abs_tol": 2e-3}
 
 
 def check_tables(
+    suite: Suite,
     result: dict[str, Any],
     episodes: "pd.DataFrame | None",
     cells: Sequence[Cell],
@@ -37,13 +38,14 @@ def check_tables(
     """Return what in a result's tables does not follow, a sentence for each table.
 
     Args:
+        suite: Of the result.
         result: Content of ``result.json``.
         episodes: Those of ``episodes.parquet``; None: from the means.
         cells: All cells of the result, in its order.
         who: All policies of the result, in its order.
     """
     if episodes is None:
-        expected = _from_means(result)
+        expected = _from_means(suite, result)
     else:
         results = {
             (str(cell), str(policy)): CellResult(
@@ -62,7 +64,7 @@ def check_tables(
         tables = make_tables(cells, who, results, Bootstrap(result["bootstrap"]["seed"]))
         for rows, name in ((tables.figures, "figures"), (tables.pools, "pools")):
             _take_p99(rows, rows_of(result[name]))
-        expected = tables_of(tables, cells, who)
+        expected = tables_of(suite, tables, cells, who)
     problems = [_difference(name, rows_of(result[name]), rows) for name, rows in expected.items()]
     return [problem for problem in problems if problem]
 
@@ -73,7 +75,7 @@ def _take_p99(rows: Sequence[Row], told: Sequence[Row]) -> None:
         row |= {name: other[name] for name in (P99, f"{P99}_reference") if name in row}
 
 
-def _from_means(result: dict[str, Any]) -> dict[str, list[Row]]:
+def _from_means(suite: Suite, result: dict[str, Any]) -> dict[str, list[Row]]:
     """Return those columns of the tables that follow from the means of cells."""
     figures = rows_of(result["figures"])
     goodput = {(row["cell"], row["policy"]): row["goodput"] for row in figures}
@@ -116,17 +118,13 @@ def _from_means(result: dict[str, Any]) -> dict[str, list[Row]]:
         lost = [points(cell, row["policy"], seeds[row["against"]]) for cell in there]
         known = {name: row[name] for name in ("policy", "against")}
         zero_shot.append({**known, "cells": len(there), "goodput": mean(lost)})
-    told = {name: rows_of(result[name]) for name in ("compared", "headroom", "zero_shot")}
-    judged = []
-    for policy in dict.fromkeys(row["policy"] for row in rows_of(result["verdicts"])):
-        judged += verdicts(
-            policy,
-            rows_of(result["pools"]),
-            told["compared"],
-            figures,
-            told["headroom"],
-            told["zero_shot"],
-        )
+    names = "figures", "compared", "pools", "headroom", "zero_shot"
+    told = {name: rows_of(result[name]) for name in names}
+    judged = judge(
+        dict.fromkeys(row["policy"] for row in rows_of(result["verdicts"])),
+        told,
+        whole_platforms(suite, figures),
+    )
     return {"compared": compared, "pools": pools, "zero_shot": zero_shot, "verdicts": judged}
 
 

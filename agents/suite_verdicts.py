@@ -4,7 +4,7 @@ A target that the cells played do not decide is ``null``, not missed.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from mmrl.agents.suite_policies import COMPARATORS
 from mmrl.agents.suite_results import Row
@@ -17,6 +17,29 @@ NOT_WORSE = -0.005
 WITHIN = 0.15  # worse than the best rule's at most
 HEADROOM_SHARE = 0.5
 LOST = -0.01  # at most, against a policy that was trained for the cells
+
+
+def judge(
+    policies: Iterable[str], tables: Mapping[str, Sequence[Row]], whole: Collection[str]
+) -> list[Row]:
+    """Judge learned policies; a platform of which not all was played decides nothing.
+
+    Args:
+        policies: Names, of a group that of the group.
+        tables: By name, as in ``result.json``.
+        whole: Platforms whose core cells were all played, and often enough.
+
+    Returns:
+        See `verdicts`.
+    """
+    pools, compared = (
+        [row for row in tables[name] if row["platform"] in whole] for name in ("pools", "compared")
+    )
+    headroom = [
+        row for row in tables["headroom"] if row["place"] not in {FAST, *OTHERS} - set(whole)
+    ]
+    others = tables["figures"], headroom, tables["zero_shot"]
+    return [row for name in policies for row in verdicts(name, pools, compared, *others)]
 
 
 def verdicts(

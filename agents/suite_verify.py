@@ -99,7 +99,9 @@ def verify(
     who = _entries(result, suite, [cell for cell, _ in cells.values()], folder, problems)
     if {*result["cells"]["cell"]} == {*cells} and {*result["policies"]["policy"]} == {*who}:
         everyone = [who[name] for name in result["policies"]["policy"]]
-        problems += check_tables(result, episodes, [cell for cell, _ in cells.values()], everyone)
+        problems += check_tables(
+            suite, result, episodes, [cell for cell, _ in cells.values()], everyone
+        )
     else:
         notes.append("the tables are not checked: there are cells or policies to be played first")
     told = told[told.cell.isin(list(cells)) & told.policy.isin(list(who))]

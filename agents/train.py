@@ -28,11 +28,10 @@ from mmrl.agents.state import go_on_from, read_state, restore
 from mmrl.errors import InputError
 from mmrl.files import write_json
 from mmrl.rules import Rule, get_rule
-from mmrl.rules.registry import tuned_params
+from mmrl.rules.registry import ANY_FLEET, tuned_for
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.schema import Scenario
 
-ANY_FLEET = "universal"  # scenario whose tuned rules suit others too
 CRITIC_FIRST = 8  # iterations until a fresh critic knows what the policy is worth
 LEARNING_RATE = 4e-3
 LEARNING_RATE_ON = 1e-3  # of a policy to go on from
@@ -116,9 +115,8 @@ def _prior_rule(config: TrainConfig, scenarios: list[Scenario]) -> Rule | None:
     """Return the rule to build on, as tuned for the one scenario or else for any fleet."""
     if config.prior is None:
         return None
-    own = [scenarios[0].name] if len(scenarios) == 1 else []
-    tuned = (name for name in (*own, ANY_FLEET) if config.prior in tuned_params().get(name, {}))
-    return get_rule(config.prior, next(tuned, None))
+    place = scenarios[0].name if len(scenarios) == 1 else ANY_FLEET
+    return get_rule(config.prior, **(tuned_for(place, config.prior) or {}))
 
 
 def _check_start(config: TrainConfig, start: ExportedPolicy, scenarios: list[Scenario]) -> None:

@@ -1,7 +1,7 @@
 """Hand-written policies: each a class of named parameters with a compiled decision.
 
 ``get_rule("slack")`` has the parameters that were found on the training distribution;
-``get_rule("slack", tuned_for="slow")`` those of one scenario. ``mmrl tune`` finds them.
+``tuned_for("h200-24", "slack")`` are those of one scenario. ``mmrl tune`` finds them.
 """
 
 from mmrl.rules.base import Rule

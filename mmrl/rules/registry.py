@@ -19,6 +19,7 @@ from mmrl.rules.setup_index import SetupIndex
 from mmrl.rules.slack import Slack
 from mmrl.rules.static import Static
 
+ANY_FLEET = "universal"  # scenario that draws fleets of any kind: what was tuned there suits others
 TUNED = Path(__file__).parent / "data" / "tuned.toml"
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
@@ -56,31 +57,39 @@ def tuned_params(path: Path = TUNED) -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-def get_rule(name: str, tuned_for: str | None = None, **params: Any) -> Rule:
+def tuned_for(scenario: str, rule: str, path: Path = TUNED) -> dict[str, Any] | None:
+    """Return a rule's parameters as tuned for a scenario, or else for fleets of any kind.
+
+    Args:
+        scenario: Name of the scenario.
+        rule: Name of the rule.
+        path: A file of `tuned_params`.
+
+    Returns:
+        The parameters; None where the file has the rule for neither.
+
+    Raises:
+        InputError: The file cannot be read or is not TOML.
+    """
+    table = tuned_params(path)
+    places = (place for place in (scenario, ANY_FLEET) if rule in table.get(place, {}))
+    found = next(places, None)
+    return None if found is None else table[found][rule]
+
+
+def get_rule(name: str, **params: Any) -> Rule:
     """Return a rule.
 
     Args:
         name: One of ``rule_names``.
-        tuned_for: Scenario whose tuned parameters it takes; the rule's defaults where None.
-        **params: Parameters to replace.
+        **params: Parameters in place of its defaults.
 
     Raises:
-        InputError: There is no such rule, it was not tuned for that scenario, or a parameter is
-            unknown or out of its bounds.
+        InputError: There is no such rule, or a parameter is unknown or out of its bounds.
     """
     rule = rule_class(name)
-    tuned: dict[str, Any] = {}
-    if tuned_for is not None:
-        table = tuned_params()
-        if tuned_for not in table:
-            raise unknown("tuned scenario", tuned_for, table)
-        if name not in table[tuned_for]:
-            raise InputError(
-                f"rule '{name}' was not tuned for '{tuned_for}'", f"mmrl tune {name} {tuned_for}"
-            )
-        tuned = table[tuned_for][name]
     try:
-        return rule(**(tuned | params))
+        return rule(**params)
     except ValidationError as error:
         raise _explain(rule, error) from None
 

@@ -19,6 +19,7 @@ from mmrl.cli.app import app
 from mmrl.cli.evaluate import print_results
 from mmrl.errors import InputError, MmrlError
 from mmrl.rules import get_rule, rule_names
+from mmrl.rules.registry import tuned_params
 from mmrl.scenarios.calibrate import rule_goodput
 from mmrl.scenarios.registry import get_scenario
 from mmrl.stats import bootstrap
@@ -232,13 +233,15 @@ def test_a_rule_tuned_for_the_scenario_comes_with_the_champion(monkeypatch):
     name = slack.tunables()[0]
     changed = {name: getattr(slack, name) * 0.9}
     table = {"demo": {"slack": changed, "lru": {}}, "fast": {"slack": slack.model_dump()}}
-    monkeypatch.setattr("mmrl.agents.contenders.tuned_params", lambda path=None: table)
+    monkeypatch.setattr("mmrl.rules.registry.tuned_params", lambda path=None: table)
     assert [c.name for c in resolve(["lru", "slack"], ["demo"])] == ["lru", "slack", "slack@tuned"]
     assert [c.name for c in resolve(["slack"], ["fast"])] == ["slack"]
     assert [c.name for c in resolve(["slack@tuned"], ["fast"])] == ["slack@tuned"]
     assert [c.name for c in resolve(["lru@tuned"], ["demo", "fast"])] == ["lru@tuned"]
     with pytest.raises(InputError, match=r"no 'gdsf' tuned for demo.*gdsf@runs/tuned.toml"):
         resolve(["gdsf@tuned"], ["demo"])
+    table["universal"] = {"gdsf": {}}
+    assert resolve(["gdsf@tuned"], ["demo"])[0].plays("demo")  # tuned for fleets of any kind
 
 
 def test_a_rule_plays_with_the_parameters_of_a_file(tmp_path):
@@ -260,9 +263,8 @@ def test_who_knows_the_future_takes_part_but_is_no_rule(tiny):
     assert row(results, "lru")["is_best_rule"] and not row(results, "clairvoyant")["is_best_rule"]
     assert not (results.episodes.illegal_actions > 0).any()
     mpc = resolve(["mpc"], ["fast"])[0]
-    assert mpc.kind == "rule" and mpc.planner_for("fast").base == get_rule(
-        "slack", tuned_for="fast"
-    )
+    assert mpc.kind == "rule"
+    assert mpc.planner_for("fast").base == get_rule("slack", **tuned_params()["fast"]["slack"])
 
 
 def test_the_shipped_policy_and_all_rules_take_part_where_nobody_is_named(tiny, tmp_path):
@@ -273,13 +275,15 @@ def test_the_shipped_policy_and_all_rules_take_part_where_nobody_is_named(tiny, 
     )
     assert called.exit_code == 0, called.output
     kinds = {p["name"]: p["kind"] for p in Results.read(out).summary["policies"]}
-    assert kinds == {"default": "learned", **dict.fromkeys(rule_names(), "rule")}
+    rules = *rule_names(), "partial@tuned"
+    assert kinds == {"default": "learned", **dict.fromkeys(rules, "rule")}
 
 
 def test_the_shipped_policy_stays_away_from_verbs_that_it_does_not_know(tmp_path, monkeypatch):
     monkeypatch.setattr("mmrl.agents.export.DEFAULT_FOLDER", make_policy(tmp_path / "core", 0.1))
-    assert everyone(["demo"]) == ["default", *rule_names()]
-    assert everyone(["demo", "oversized"]) == rule_names()
+    rules = [*rule_names(), "partial@tuned"]
+    assert everyone(["demo"]) == ["default", *rules]
+    assert everyone(["demo", "oversized"]) == rules
 
 
 def test_names_of_learned_policies(run, tmp_path):

@@ -156,7 +156,7 @@ def test_evaluations_of_the_same_arrivals_are_one_place(run, tmp_path):
     other["provenance"]["scenarios"]["tiny"] = "changed"
     (tmp_path / "again" / "summary.json").write_text(json.dumps(other))
     names = [place.name for place in Report(gather([run, tmp_path / "again"])).places]
-    assert names == ["tiny (evaluation)", "tiny (again)"]
+    assert names == ["tiny (mine)", "tiny (again)"]
 
 
 def test_traces_of_one_name_and_a_policy_trained_further_are_told_apart(run, tmp_path):

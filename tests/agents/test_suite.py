@@ -26,7 +26,7 @@ from tests.agents.made_up import make_policy
 
 TINY = """
 description = "Two cells for tests."
-episodes = 4
+episodes = 6
 loads = [1.0]
 
 [platforms.fast]
@@ -126,7 +126,7 @@ def test_all_play_every_cell_on_seeds_of_its_own(folder, result):
     assert set(table.policy) == {*rules, "mine seed 0", "mine seed 1", "clairvoyant"}
     for cell, first in zip(CELLS, (0, 1000), strict=True):
         for policy, mine in table[table.cell == cell].groupby("policy", observed=True):
-            count = 2 if policy == "clairvoyant" else 4
+            count = 2 if policy == "clairvoyant" else 6
             assert mine.episode.tolist() == list(range(first, first + count))
     arrivals = table.groupby(["cell", "episode"], observed=True).requests.nunique()
     assert (arrivals == 1).all()
@@ -298,6 +298,15 @@ def test_what_was_changed_is_found(folder, result, tmp_path):
     assert "lru (cell): its parameters" in problems
     assert f"cell {CELLS[0]} is another one" in problems
     assert "mine seed 1: its files" in problems
+
+
+def test_a_part_of_the_cells_or_a_few_episodes_decide_nothing(folder, result):
+    assert any(row["met"] is not None for row in rows_of(result["verdicts"]))
+    policies = [f"mine={folder / 'policies'}"]
+    few = evaluate_suite(folder / "tiny.toml", policies, folder / "out" / "few", episodes=2)
+    part = evaluate_suite(folder / "tiny.toml", policies, folder / "out" / "part", cells=["fixed"])
+    for told in (few, part):
+        assert {row["met"] for row in rows_of(told["verdicts"])} == {None}
 
 
 def test_a_trace_is_played_on_the_fixed_fleet(folder, result, tmp_path):

@@ -323,7 +323,7 @@ class EpisodeSampler:
         """Return the rows of a platform's models that may be in a fleet: those that can fit.
 
         A fixed fleet must fit as it is. Of the models to choose from, those are left out that
-        even the largest budget cannot serve.
+        even the largest budget cannot serve in every fleet.
 
         Raises:
             DoesNotFit: A model can never fit, or none of those to choose from can.
@@ -346,15 +346,29 @@ class EpisodeSampler:
             longest = np.full(len(rows), self._source.longest_tokens)
             self._check_fit(platform, rows, budget, longest)
             return rows
-        needed = bank.needed_bytes(rows, levels=False, tokens=self._source.longest_tokens)
-        fitting = rows[needed <= budget]
+        fitting = rows[self._needed_bytes(rows, scenario.fleet.size[1]) <= budget]
         if len(fitting) == 0:
             raise DoesNotFit(
                 f"scenario '{scenario.name}': fleet.choose_from: none of them fits in "
                 f"{budget / 1e9:.1f} GB of {bank.platforms[platform].name}",
-                "raise the budget or name smaller models",
+                "raise the budget, or name smaller models or fleets",
             )
         return fitting
+
+    def _needed_bytes(self, rows: NDArray[np.int64], models: int) -> NDArray[np.int64]:
+        """Return what each row needs as a whole in the worst fleet of so many, int64[R].
+
+        The rest of that fleet is the worst of all rows, for an architecture may come several times:
+        the largest workspace, the most graphs and, with levels, the largest streaming slots.
+        """
+        bank = self.bank
+        workspace, graphs = bank.workspace_bytes[rows], bank.graphs_bytes[rows]
+        slots = 2 * bank.constants["layer_bytes"][rows] * self.full_verbs
+        if models > 1:
+            workspace, slots = workspace.max(), slots.max()
+            graphs = graphs + (models - 1) * graphs.max()
+        kv = bank.kv_bytes(rows, self._source.longest_tokens)
+        return np.asarray(workspace + graphs + slots + bank.weight_bytes[rows] + kv, np.int64)
 
     def _check_fit(
         self,

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from mmrl.errors import InputError
 from mmrl.node.state import NODE, REQUEST, SEGMENT_STEPS, new_nodes, new_requests
 from mmrl.profiles.costs import decode_ns, prefill_alone_ns, prefill_chunk_ns
+from mmrl.profiles.interpolate import MARK
 from mmrl.profiles.registry import get_profile
 from mmrl.scenarios.registry import get_scenario, scenario_names
 from mmrl.scenarios.requests import decode_alone_ns
 from mmrl.scenarios.sampler import EpisodeInfo, EpisodeSampler
 from mmrl.scenarios.seeds import SPLITS, episode_rng
+from mmrl.scenarios.suite import get_suite
 from mmrl.workloads.generators import WorkloadSpec, sample_trace
 from mmrl.workloads.trace import Trace
 
@@ -202,6 +204,61 @@ def test_models_that_never_fit_are_not_drawn() -> None:
         get_scenario("demo", fleet=fleet | {"at_least_one_of": "qwen2.5-14b"}).sampler()
     with pytest.raises(InputError, match=r"choose_from: none of them fits in 5.0 GB of h200"):
         get_scenario("demo", fleet=fleet, budget_gb=5).sampler()
+
+
+@pytest.mark.parametrize("verbs", ["core", "full"])
+@pytest.mark.parametrize(
+    ("budget_gb", "size", "choose_from"),
+    [
+        (22, 16, ["qwen2.5-7b", "qwen2.5-0.5b"]),
+        (24, 8, ["qwen2.5-7b", "qwen2.5-0.5b"]),
+        (40, [1, 12], ["qwen2.5-14b", "qwen2.5-7b", "llama3.2-3b"]),
+    ],
+)
+def test_every_fleet_that_is_drawn_has_room_for_each_model(
+    verbs: str, budget_gb: float, size: Any, choose_from: list[str]
+) -> None:
+    fleet = {"size": size, "choose_from": choose_from}
+    sampler = get_scenario("demo", fleet=fleet, budget_gb=budget_gb, verbs=verbs).sampler()
+    for seed in range(40):
+        _, node, _ = draw(sampler, seed)
+        rows = node.profile[: node.n_models]
+        weights = sampler.bank.weight_bytes[rows]
+        kv = sampler.bank.kv_bytes(rows, 8192)
+        assert (weights + kv + node.reserve_bytes <= node.budget_bytes).all()
+
+
+def test_fit_is_judged_by_the_fleets_that_can_be_drawn() -> None:
+    six = ["qwen2.5-14b", "llama3.1-8b", "qwen2.5-7b", "llama3.2-3b", "qwen2.5-1.5b"]
+    fleet = {"size": 1, "choose_from": [*six, "qwen2.5-0.5b"]}
+    sampler = get_scenario("demo", fleet=fleet, budget_gb=18.6).sampler()
+    drawn = {draw(sampler, seed)[0].model_names[0] for seed in range(60)}
+    assert "qwen2.5-7b" in drawn and "qwen2.5-14b" not in drawn  # nobody else's graphs are held
+    with pytest.raises(InputError, match="none of them fits"):  # eight times its graphs are
+        fleet = {"size": 8, "choose_from": ["qwen2.5-7b"]}
+        get_scenario("demo", fleet=fleet, budget_gb=18).sampler()
+
+
+SHIPPED = {name: get_scenario(name) for name in scenario_names()} | get_suite("v1").bases()
+LEFT_OUT = {  # of the shipped scenarios and the frozen cells, by platform
+    "study-rtx5000ada": {"qwen2.5-14b"},
+    "consumer-pcie4": {"qwen2.5-14b", "~9.46b", "~11.71b"},
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_shipped_scenarios_draw_from_stays(name: str) -> None:
+    for scenario in SHIPPED[name].parts():
+        if scenario.fleet is None:
+            continue
+        sampler = EpisodeSampler(scenario)
+        bank, between = sampler.bank, scenario.fleet.between
+        sizes = {m for m in bank.models if m.startswith(MARK)} if between else set[str]()
+        named = sizes | set(scenario.fleet.choose_from)
+        for platform in sampler.platforms:
+            drawn = {bank.profiles[row].model for row in sampler.rows(platform)}
+            left_out = LEFT_OUT.get(bank.platforms[platform].name, set())
+            assert drawn == named - left_out
 
 
 @settings(max_examples=60, deadline=None)

@@ -42,7 +42,8 @@ def fit(raw: Trace, sampler: ScenarioSampler, mapping: Mapping = "auto") -> Trac
         mapping: How services become models, see `fit_to_fleet`.
 
     Raises:
-        InputError: The scenario draws its fleet, platform or variant, or the trace does not suit it.
+        InputError: The scenario draws its fleet, platform or variant, or the trace does not suit
+            it.
     """
     scenario = sampler.scenario
     if isinstance(sampler, MixedSampler) or scenario.models is None or len(scenario.platform) > 1:

@@ -112,6 +112,10 @@ def read_options(
     return load, options.get("trace")
 
 
+class TooManyRequests(InputError):
+    """An episode at the highest load has more requests than tables are made for."""
+
+
 class EpisodeSampler:
     """Draws episodes of a scenario.
 
@@ -121,7 +125,7 @@ class EpisodeSampler:
 
     Raises:
         InputError: A platform, model or trace is unknown or wrong; `DoesNotFit`: a model can
-            never fit.
+            never fit; `TooManyRequests`: an episode is too long for its load.
 
     Attributes:
         scenario: The scenario.
@@ -425,12 +429,18 @@ class EpisodeSampler:
         node, requests = new_nodes(1)[0], new_requests(1, PROBE_ROWS)[0]
         rng = np.random.default_rng(0)
         load = {"load": self.highest_load}
-        infos = [self.draw(rng, node, requests, load) for _ in range(PROBES)]
-        if any(info.dropped for info in infos):
-            raise InputError(
-                f"scenario '{self.scenario.name}': an episode has over {PROBE_ROWS:,} requests",
-                "lower duration_s, load or utilisation_at_load_1",
-            )
+        infos: list[EpisodeInfo] = []
+        for _ in range(PROBES):
+            infos.append(self.draw(rng, node, requests, load))
+            if infos[-1].dropped:
+                raise TooManyRequests(
+                    f"scenario '{self.scenario.name}': an episode has over {PROBE_ROWS:,} requests",
+                    "lower duration_s, load or utilisation_at_load_1",
+                )
         rates = sorted(info.rate_per_s / self.highest_load for info in infos)
         capacity = CAPACITY_MARGIN * max(info.requests for info in infos) + 64
+        if isinstance(self._source, RecordedRequests):  # a burst may be in no probe
+            utilisation = self.highest_load * self.scenario.utilisation_at_load_1
+            most = (self._source.most_requests(utilisation, rows) for rows in self._choices)
+            capacity = max(capacity, *most)
         return capacity, (rates[0], rates[PROBES // 2], rates[-1])

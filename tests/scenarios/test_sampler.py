@@ -17,6 +17,7 @@ from mmrl.scenarios.registry import get_scenario, scenario_names
 from mmrl.scenarios.requests import decode_alone_ns
 from mmrl.scenarios.sampler import EpisodeInfo, EpisodeSampler
 from mmrl.scenarios.seeds import SPLITS, episode_rng
+from mmrl.scenarios.sources import busiest
 from mmrl.scenarios.suite import get_suite
 from mmrl.workloads.generators import WorkloadSpec, sample_trace
 from mmrl.workloads.trace import Trace
@@ -349,6 +350,36 @@ def test_a_short_trace_begins_anew(tmp_path: Path) -> None:
     sampler = get_scenario("demo", trace={"paths": path}, utilisation_at_load_1=2.0).sampler()
     info, _, _ = draw(sampler, 0)
     assert info.requests == pytest.approx(info.rate_per_s * 60, rel=0.3)
+
+
+@pytest.mark.parametrize("fleet", [None, {"size": [2, 3], "choose_from": ["qwen2.5-0.5b"]}])
+def test_no_burst_of_a_trace_is_too_large_for_the_table(tmp_path: Path, fleet: Any) -> None:
+    path = tmp_path / "burst.csv"
+    calm, burst = np.arange(0, 20_000, 10.0), 7000 + np.arange(0, 20, 0.01)
+    rows = [f"{at},{k % 3},200,20" for k, at in enumerate(np.sort([*calm, *burst]).tolist())]
+    path.write_text("arrival_s,model,prompt_tokens,output_tokens\n" + "\n".join(rows))
+    what = {"fleet": fleet} if fleet else {"models": ["qwen2.5-0.5b"] * 3}
+    sampler = get_scenario(
+        "demo", **what, trace={"paths": path, "mapping": "services"}, utilisation_at_load_1=0.02
+    ).sampler()
+    assert sampler.capacity >= 2000
+    infos = [draw(sampler, seed, {"load": sampler.highest_load})[0] for seed in range(2000)]
+    assert not any(info.dropped for info in infos)
+    most = max(info.requests for info in infos)
+    assert most > 500  # some have met the burst
+    if fleet is None:
+        assert most <= sampler.capacity
+
+
+def test_the_busiest_window_of_a_trace() -> None:
+    one = Trace(
+        np.array([0, 1, 2, 5, 9]) * 10**9,
+        *(np.ones(5, dtype) for dtype in (np.int32, np.int32, np.int32, np.bool_)),
+        model_names=("a", "b"),
+        duration_s=10.0,
+    )
+    for window_s, expected in ((0.5, 1), (1, 2), (2, 3), (3, 4), (10, 6), (12, 8), (23, 14)):
+        assert busiest(one, int(window_s * 1e9)) == expected
 
 
 def test_wrong_options() -> None:

@@ -26,7 +26,7 @@ from mmrl.envs.batch import shared_sampler
 from mmrl.node.observe import GLOBAL_FEATURES, MODEL_FEATURES
 from mmrl.rollout import Episode, EpisodeResult, rollout
 from mmrl.rules import Rule
-from mmrl.scenarios.sampler import EpisodeSampler
+from mmrl.scenarios.mixture import ScenarioSampler
 from mmrl.scenarios.schema import Scenario
 from mmrl.tuning import LATENCY_WEIGHT
 
@@ -85,7 +85,7 @@ class RunCallback(BaseCallback):
         self._config, self._rule, self._folder, self._progress = config, rule, folder, progress
         self._scenarios = tuple(scenarios)
         self._episodes: list[Episode] = [("dev", i) for i in range(config.eval_episodes)]
-        self._samplers: list[EpisodeSampler] = []
+        self._samplers: list[ScenarioSampler] = []
         self._verbs = {scenario.verbs for scenario in scenarios}
         self._groups: list[str] = []  # platform and verb set of each episode that is evaluated
         self._champion: dict[str, float] = {}
@@ -259,7 +259,7 @@ class RunCallback(BaseCallback):
             self.logger.record(f"eval/beat_{name}", value)
 
     def _play_all(
-        self, play_piece: Callable[[EpisodeSampler, list[Episode]], list[EpisodeResult]]
+        self, play_piece: Callable[[ScenarioSampler, list[Episode]], list[EpisodeResult]]
     ) -> list[EpisodeResult]:
         """Return the results of all development episodes, which threads play piece by piece."""
         pieces = [

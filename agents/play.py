@@ -26,8 +26,8 @@ from mmrl.node.actions import VERBS
 from mmrl.node.state import UNARRIVED, Nodes, Record
 from mmrl.rollout import run_rule
 from mmrl.rules.dispatch import act
+from mmrl.scenarios.mixture import ScenarioSampler
 from mmrl.scenarios.registry import get_scenario
-from mmrl.scenarios.sampler import EpisodeSampler
 from mmrl.scenarios.seeds import Split, episode_rng
 from mmrl.sim.batch import Simulator
 from mmrl.workloads.readers import read_trace
@@ -245,7 +245,7 @@ def drive(simulator: Simulator, contender: Contender, scenario: str) -> None:
 
 
 @cache
-def _sampler(scenario: str) -> EpisodeSampler:
+def _sampler(scenario: str) -> ScenarioSampler:
     return get_scenario(scenario).sampler()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mmrl.errors import InputError
 from mmrl.scenarios.calibrate import LEAST, MOST, NoCrossing, find_crossing, rule_goodput
-from mmrl.scenarios.sampler import EpisodeSampler
+from mmrl.scenarios.mixture import MixedSampler, ScenarioSampler
 from mmrl.scenarios.sources import service_by_row, unique_names
 from mmrl.workloads.fleet import Mapping, dilate, fit_to_fleet
 from mmrl.workloads.trace import Trace
@@ -29,7 +29,7 @@ class Windows:
     notes: tuple[str, ...]
 
 
-def fit(raw: Trace, sampler: EpisodeSampler, mapping: Mapping = "auto") -> Trace:
+def fit(raw: Trace, sampler: ScenarioSampler, mapping: Mapping = "auto") -> Trace:
     """Fit a trace to the fleet of a scenario, and stretch its time so that it offers load 1.
 
     Load 1 is what it is everywhere: there the slack rule reaches a goodput of .90. A trace has its
@@ -42,12 +42,14 @@ def fit(raw: Trace, sampler: EpisodeSampler, mapping: Mapping = "auto") -> Trace
         mapping: How services become models, see `fit_to_fleet`.
 
     Raises:
-        InputError: The scenario has no fixed fleet, or the trace does not suit it.
+        InputError: The scenario draws its fleet, platform or variant, or the trace does not suit
+            it.
     """
     scenario = sampler.scenario
-    if scenario.models is None or len(scenario.platform) > 1:
+    if isinstance(sampler, MixedSampler) or scenario.models is None or len(scenario.platform) > 1:
+        drawn = "its variant" if scenario.variants else "its fleet or platform"
         raise InputError(
-            f"scenario '{scenario.name}' draws its fleet or platform: a trace cannot be fitted",
+            f"scenario '{scenario.name}' draws {drawn}: a trace cannot be fitted",
             "name a scenario with a fixed fleet (mmrl scenarios list)",
         )
     fitted = fit_to_fleet(raw, unique_names(scenario.models), mapping)
@@ -71,7 +73,7 @@ def fit(raw: Trace, sampler: EpisodeSampler, mapping: Mapping = "auto") -> Trace
     return at(found).with_note(f"that is load 1: the slack rule has a goodput of {reached:.2f}")
 
 
-def cut(fitted: Trace, sampler: EpisodeSampler, load: float, most: int) -> Windows:
+def cut(fitted: Trace, sampler: ScenarioSampler, load: float, most: int) -> Windows:
     """Cut a trace into episodes at a load.
 
     Each window is as long as the scenario's episodes and no two overlap, so that they can be

@@ -36,8 +36,8 @@ from mmrl.cli.train import UNITS, number, read_settings
 from mmrl.files import write_json
 from mmrl.rollout import Episode, EpisodeResult, rollout
 from mmrl.rules import get_rule
+from mmrl.scenarios.mixture import ScenarioSampler
 from mmrl.scenarios.registry import get_scenario
-from mmrl.scenarios.sampler import EpisodeSampler
 from mmrl.stats import bootstrap
 
 ALL = "all"
@@ -81,7 +81,7 @@ def run(episodes: list[Episode], bar: bool, config: TrainConfig) -> dict[str, li
     return measure([r for sampler in samplers(config) for r in play(policy, sampler, episodes)])
 
 
-def samplers(config: TrainConfig) -> list[EpisodeSampler]:
+def samplers(config: TrainConfig) -> list[ScenarioSampler]:
     """Return the samplers of what a run is trained and compared on."""
     played = config.played([get_scenario(name) for name in config.scenarios])
     return [scenario.sampler() for scenario in played]

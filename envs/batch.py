@@ -22,8 +22,9 @@ from mmrl.node.actions import VERBS
 from mmrl.node.state import MAX_MODELS, Nodes, Record
 from mmrl.rollout import mark_suggestions
 from mmrl.rules.base import Rule
+from mmrl.scenarios.mixture import ScenarioSampler
 from mmrl.scenarios.registry import get_scenario
-from mmrl.scenarios.sampler import EpisodeInfo, EpisodeSampler
+from mmrl.scenarios.sampler import EpisodeInfo
 from mmrl.scenarios.schema import Scenario
 from mmrl.scenarios.seeds import episode_rng
 from mmrl.sim.batch import ALL, Simulator
@@ -32,7 +33,7 @@ TERMINATED, TRUNCATED = 1, 2
 
 
 @lru_cache(maxsize=8)
-def shared_sampler(scenario_json: str) -> EpisodeSampler:
+def shared_sampler(scenario_json: str) -> ScenarioSampler:
     """Prepare a sampler once for all environments of a scenario; it keeps no state of episodes."""
     return Scenario.model_validate_json(scenario_json).sampler()
 

@@ -4,6 +4,7 @@ Episodes are named by split and index; the same name means the same arrivals for
 that policies are compared in pairs.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +177,9 @@ def rollout(
 
     Returns:
         One result per episode, in their order; it does not depend on how they are batched.
+
+    Warns:
+        RuntimeWarning: The sampler's table had no room for some of the requests.
     """
     simulator = Simulator(sampler, min(BATCH, len(episodes))) if episodes else None
     results: list[EpisodeResult] = []
@@ -196,4 +200,12 @@ def rollout(
             results.append(EpisodeResult(split, index, simulator.infos[i], metrics))
         if report is not None:
             report(len(batch))
+    dropped = sum(getattr(result.info, "dropped", 0) for result in results)
+    if dropped:  # not an error: hours of a training or an evaluation stand behind it
+        warnings.warn(
+            f"{dropped:,} requests were left out: episodes have more than the "
+            f"{sampler.capacity:,} that the sampler expected",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return results

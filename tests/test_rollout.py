@@ -57,5 +57,12 @@ def test_a_function_that_follows_the_champion_does_what_the_champion_does(sample
         assert a.metrics.values == b.metrics.values
 
 
+def test_requests_without_room_are_told(sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "capacity", 10)
+    with pytest.warns(RuntimeWarning, match=r"requests were left out: .* more than the 10 that"):
+        (result,) = rollout(get_rule("slack"), sampler, DEV[:1])
+    assert result.info.requests == 10
+
+
 def test_no_episodes_no_results(sampler: Any) -> None:
     assert rollout(get_rule("lru"), sampler, []) == []

@@ -15,7 +15,7 @@ from mmrl.scenarios.seeds import Split
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from mmrl.scenarios.sampler import EpisodeSampler
+    from mmrl.scenarios.mixture import ScenarioSampler
     from mmrl.scenarios.schema import Scenario
     from mmrl.workloads.generators import ArrivalSpec
 
@@ -155,7 +155,7 @@ def calibrate(
         )
 
 
-def _facts(sampler: "EpisodeSampler") -> list[tuple[str, str]]:
+def _facts(sampler: "ScenarioSampler") -> list[tuple[str, str]]:
     scenario = sampler.scenario
     low, high = scenario.load
     jitter = f"costs jittered by up to {scenario.jitter:.0%}" if scenario.jitter else "no jitter"
@@ -201,7 +201,7 @@ def _facts(sampler: "EpisodeSampler") -> list[tuple[str, str]]:
     return facts
 
 
-def _models(sampler: "EpisodeSampler", platform: int) -> Table:
+def _models(sampler: "ScenarioSampler", platform: int) -> Table:
     """Tabulate the architectures of the fleet on a platform."""
     bank = sampler.bank
     spec = bank.platforms[platform]
@@ -236,7 +236,7 @@ def _models(sampler: "EpisodeSampler", platform: int) -> Table:
     return table
 
 
-def _targets_s(sampler: "EpisodeSampler", row: int, prompt: int) -> tuple[float, float]:
+def _targets_s(sampler: "ScenarioSampler", row: int, prompt: int) -> tuple[float, float]:
     from mmrl.profiles.costs import prefill_alone_ns
     from mmrl.scenarios.targets import targets_ns
 
@@ -268,12 +268,12 @@ def _long_fleet(scenario: "Scenario") -> str:
     return f"{_fleet(scenario)} of {', '.join(fleet.choose_from)}{rule}"
 
 
-def _long_budget(sampler: "EpisodeSampler") -> str:
+def _long_budget(sampler: "ScenarioSampler") -> str:
     unit = " GB" if sampler.scenario.budget_gb is not None else " of the fleet's weights"
     return f"{_budget(sampler.scenario)}{unit}; weights over budget {_ratio(sampler)}"
 
 
-def _ratio(sampler: "EpisodeSampler") -> str:
+def _ratio(sampler: "ScenarioSampler") -> str:
     """Say the weights of the fleet over the budget; as drawn at the ends of a range."""
     scenario = sampler.scenario
     if scenario.budget_fraction is not None:
@@ -287,7 +287,7 @@ def _ratio(sampler: "EpisodeSampler") -> str:
     return f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f}-{high:.1f}"
 
 
-def _rates(sampler: "EpisodeSampler") -> str:
+def _rates(sampler: "ScenarioSampler") -> str:
     low, median, high = (f"{rate:.3g}" for rate in sampler.rates_at_load_1)
     return median if low == high else f"{median} ({low} to {high})"
 

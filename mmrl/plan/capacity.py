@@ -23,7 +23,7 @@ from mmrl.plan.question import LEAST, MOST, Question, Site, scenario_at
 from mmrl.rollout import Episode, EpisodeResult, rollout
 from mmrl.rules import get_rule, rule_names
 from mmrl.scenarios.bank import CostBank
-from mmrl.scenarios.sampler import DoesNotFit, EpisodeSampler, read_bank
+from mmrl.scenarios.sampler import DoesNotFit, EpisodeSampler, TooManyRequests, read_bank
 from mmrl.scenarios.schema import Scenario
 from mmrl.sim.batch import Sampler
 
@@ -170,7 +170,7 @@ def plan_site(
         report(f"{site.label}: memory")
         bank = read_bank((scenario,))
         try:
-            sampler = EpisodeSampler(scenario, bank)
+            sampler = _sampler(scenario, bank)
         except DoesNotFit as error:
             return Answer(site, _fit(scenario, bank, site, 0, str(error)))
         report(f"{site.label}: {policy}")
@@ -188,6 +188,18 @@ def plan_site(
         curves = [curve] if best is curve else [curve, best]
         fit = _fit(scenario, bank, site, sampler.longest_tokens)
         return Answer(site, fit, curves, {rule.policy: rule.capacity for rule in rules})
+
+
+def _sampler(scenario: Scenario, bank: CostBank) -> EpisodeSampler:
+    """Return the sampler, at loads lower by factors of two until episodes fit into tables.
+
+    Requests of few tokens are so short that the highest utilisation is more of them than that.
+    """
+    try:
+        return EpisodeSampler(scenario, bank)
+    except TooManyRequests:
+        half = scenario.utilisation_at_load_1 / 2
+    return _sampler(scenario.model_copy(update={"utilisation_at_load_1": half}), bank)
 
 
 def play_rates(

@@ -18,7 +18,8 @@ from mmrl.scenarios.sources import unique_names
 from mmrl.workloads.fleet import fit_to_fleet
 from mmrl.workloads.readers import read_trace
 
-LEAST, MOST = 1 / 32, 16.0  # utilisations (seconds of service alone per second) that are tried
+# utilisations (seconds of service alone per second) that are tried, if tables are long enough
+LEAST, MOST = 1 / 32, 16.0
 CV = 2.0  # of the times between arrivals: bursts, but not as wild as serverless functions
 
 

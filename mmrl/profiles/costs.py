@@ -45,6 +45,17 @@ def decode_ns(table: Array, scale: float, batch: int, total_context_tokens: int)
 
 @jit
 def _prefill_s(table: Array, tokens: int) -> float:
+    """Return the time of a whole prompt in seconds: linear between knots, then a parabola.
+
+    Beyond the table the second difference stays what it was at the end: a prompt's operations are
+    quadratic in its tokens, for attention, and its time is linear in them.
+    """
+    if tokens > (PREFILL_KNOTS - 1) * PREFILL_STEP_TOKENS:
+        beyond = tokens / PREFILL_STEP_TOKENS - (PREFILL_KNOTS - 1)
+        last: float = table[PREFILL_KNOTS - 1]
+        rise: float = last - table[PREFILL_KNOTS - 2]
+        bend: float = max(0.0, rise - (table[PREFILL_KNOTS - 2] - table[PREFILL_KNOTS - 3]))
+        return last + rise * beyond + bend * beyond * (beyond + 1) / 2
     knot = min(tokens // PREFILL_STEP_TOKENS, PREFILL_KNOTS - 2)
     low: float = table[knot]
     high: float = table[knot + 1]

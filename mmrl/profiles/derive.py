@@ -11,11 +11,13 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from mmrl.errors import InputError, first_error
 from mmrl.node.state import CHUNK_TOKENS
 from mmrl.profiles.costs import CostModel
 from mmrl.profiles.schema import (
+    REMEDY,
     Architecture,
     DecodePoint,
     Limits,
@@ -215,29 +217,61 @@ def compose_profile(
     memory_bytes: tuple[int, int],
     provenance: Provenance,
 ) -> Profile:
-    """Return the profile of a shape: sizes follow from it, transfers are the platform's."""
+    """Return the profile of a shape: sizes follow from it, transfers are the platform's.
+
+    Whatever a rule says, a larger job never takes less time, and none less than the device allows.
+
+    Args:
+        model: Name of the model.
+        architecture: Its shape.
+        platform: Where it runs.
+        decode_grid: (batch, context in tokens) of the decode points, in any order.
+        decode_s: Seconds of a decode step, by batch and context.
+        prefill_s: Seconds of a prefill, by tokens.
+        memory_bytes: Workspace and graphs.
+        provenance: Where the numbers come from.
+
+    Raises:
+        InputError: No profile comes of it; names model, platform and field.
+    """
+    kv_bytes, limits = architecture.kv_bytes_per_token, platform.limits
+    decode: dict[tuple[int, int], float] = {}
+    for batch, context in sorted(decode_grid):
+        bound = float(limits.decode_bound_s(architecture, batch, batch * context * kv_bytes))
+        smaller = [decode[b, c] for b, c in decode if b <= batch and c <= context]
+        decode[batch, context] = max([decode_s(batch, context), bound, *smaller])
+    prefill: dict[int, float] = {}
+    for tokens in PREFILL_GRID:
+        bound = float(limits.prefill_bound_s(architecture, tokens))
+        prefill[tokens] = max([prefill_s(tokens), bound, *prefill.values()])
+
     layer_bytes = architecture.layer_parameters * architecture.bytes_per_value
-    return Profile(
-        platform=platform.name,
-        model=model,
-        kind="derived",
-        architecture=architecture,
-        parameters=architecture.parameters,
-        layer_bytes=layer_bytes,
-        base_bytes=architecture.base_parameters * architecture.bytes_per_value,
-        kv_bytes_per_token=architecture.kv_bytes_per_token,
-        workspace_bytes=memory_bytes[0],
-        graphs_bytes=memory_bytes[1],
-        usable_bytes=platform.usable_bytes,
-        limits=platform.limits,
-        decode=tuple(
-            DecodePoint(batch=b, context_tokens=c, time_s=decode_s(b, c)) for b, c in decode_grid
-        ),
-        prefill=tuple(TokenPoint(tokens=n, time_s=prefill_s(n)) for n in PREFILL_GRID),
-        streamed_layer_s=(TokenPoint(tokens=1, time_s=layer_bytes / platform.stream.bytes_per_s),),
-        load=platform.load,
-        stream=platform.stream,
-        kv_save=platform.kv_save,
-        kv_restore=platform.kv_restore,
-        provenance=provenance,
-    )
+    streamed_s = layer_bytes / platform.stream.bytes_per_s
+    try:
+        return Profile(
+            platform=platform.name,
+            model=model,
+            kind="derived",
+            architecture=architecture,
+            parameters=architecture.parameters,
+            layer_bytes=layer_bytes,
+            base_bytes=architecture.base_parameters * architecture.bytes_per_value,
+            kv_bytes_per_token=architecture.kv_bytes_per_token,
+            workspace_bytes=memory_bytes[0],
+            graphs_bytes=memory_bytes[1],
+            usable_bytes=platform.usable_bytes,
+            limits=platform.limits,
+            decode=tuple(
+                DecodePoint(batch=b, context_tokens=c, time_s=decode[b, c]) for b, c in decode_grid
+            ),
+            prefill=tuple(TokenPoint(tokens=n, time_s=time_s) for n, time_s in prefill.items()),
+            streamed_layer_s=(TokenPoint(tokens=1, time_s=streamed_s),),
+            load=platform.load,
+            stream=platform.stream,
+            kv_save=platform.kv_save,
+            kv_restore=platform.kv_restore,
+            provenance=provenance,
+        )
+    except ValidationError as error:
+        where = f"{model} on {platform.name}"
+        raise InputError(f"{where}: {first_error(error)}", REMEDY) from error

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 
 from mmrl.profiles.costs import CostModel
-from mmrl.profiles.derive import DECODE_GRID, PREFILL_GRID, compose_profile, rule
+from mmrl.profiles.derive import DECODE_GRID, compose_profile, rule
 from mmrl.profiles.schema import Architecture, Platform, Profile, Provenance
 
 MARK = "~"  # in front of the name of a size in between
@@ -73,20 +73,13 @@ def interpolated_profile(platform: Platform, low: Profile, high: Profile, share:
         off = [cost.prefill_s(tokens) / by.prefill_s(of, limits, tokens) for cost, of in costs]
         return by.prefill_s(shape, limits, tokens) * _mix(off[0], off[1], share)
 
-    decode: dict[tuple[int, int], float] = {}
-    prefill: dict[int, float] = {}
-    for batch, context in DECODE_GRID:  # a larger job never takes less time, if ratios wobble
-        smaller = [decode[b, c] for b, c in decode if b <= batch and c <= context]
-        decode[batch, context] = max([decode_s(batch, context), *smaller])
-    for tokens in PREFILL_GRID:
-        prefill[tokens] = max([prefill_s(tokens), *prefill.values()])
     return compose_profile(
         f"{MARK}{shape.parameters / 1e9:.2f}b",
         shape,
         platform,
-        list(decode),
-        lambda batch, context: decode[batch, context],
-        lambda tokens: prefill[tokens],
+        DECODE_GRID,
+        decode_s,
+        prefill_s,
         (
             round(_mix(low.workspace_bytes, high.workspace_bytes, share)),
             round((1 - share) * low.graphs_bytes + share * high.graphs_bytes),

@@ -166,6 +166,23 @@ class Limits(Record):
     memory_bytes_per_s: float = Field(gt=0)
     compute_flop_per_s: float = Field(gt=0)
 
+    def decode_bound_s(
+        self, shape: Architecture, batch: npt.ArrayLike, kv_bytes: npt.ArrayLike
+    ) -> Array:
+        """Return the time below which no decode step can fall.
+
+        Weights and KV are read once at the memory's full rate, or two operations are done for
+        each of those weights and each sequence, whichever takes longer.
+        """
+        read = shape.read_bytes
+        flop = 2 * np.asarray(batch, np.float64) * (read / shape.bytes_per_value)
+        by_memory = (read + np.asarray(kv_bytes, np.float64)) / self.memory_bytes_per_s
+        return np.maximum(by_memory, flop / self.compute_flop_per_s)
+
+    def prefill_bound_s(self, shape: Architecture, tokens: npt.ArrayLike) -> Array:
+        """Return the time below which no prefill can fall: its operations at the full rate."""
+        return shape.prefill_flop(np.asarray(tokens, np.float64)) / self.compute_flop_per_s
+
 
 class DecodePoint(Record):
     """One decode step of ``batch`` sequences that each hold ``context_tokens``."""
@@ -276,21 +293,13 @@ class Profile(Record):
         return self.base_bytes + self.layers * self.layer_bytes
 
     def decode_bound_s(self, batch: npt.ArrayLike, total_tokens: npt.ArrayLike) -> Array:
-        """Return the time below which no decode step can fall.
-
-        Weights and KV are read once at the memory's full rate, or two operations are done for
-        each of those weights and each sequence, whichever takes longer.
-        """
-        read = self.architecture.read_bytes
-        kv = np.asarray(total_tokens, np.float64) * self.kv_bytes_per_token
-        flop = 2 * np.asarray(batch, np.float64) * (read / self.architecture.bytes_per_value)
-        by_memory = (read + kv) / self.limits.memory_bytes_per_s
-        return np.maximum(by_memory, flop / self.limits.compute_flop_per_s)
+        """Return the time below which no decode step can fall, see `Limits`."""
+        kv_bytes = np.asarray(total_tokens, np.float64) * self.kv_bytes_per_token
+        return self.limits.decode_bound_s(self.architecture, batch, kv_bytes)
 
     def prefill_bound_s(self, tokens: npt.ArrayLike) -> Array:
-        """Return the time below which no prefill can fall: its operations at the full rate."""
-        flop = self.architecture.prefill_flop(np.asarray(tokens, np.float64))
-        return flop / self.limits.compute_flop_per_s
+        """Return the time below which no prefill can fall, see `Limits`."""
+        return self.limits.prefill_bound_s(self.architecture, tokens)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -43,6 +43,7 @@ class CostBank:
     """Constants and cost tables of P (platform, model) pairs.
 
     Attributes:
+        places: Names or folders of the platforms, as they were read; empty for none.
         platforms: The platforms, each with all models.
         models: The models.
         profiles: P profiles; that of platform k and model m is the one of ``row(k, m)``.
@@ -54,6 +55,7 @@ class CostBank:
         prefill_tables: float64[P, 257], seconds.
     """
 
+    places: tuple[str, ...]
     platforms: tuple[Platform, ...]
     models: tuple[str, ...]
     profiles: tuple[Profile, ...]
@@ -83,21 +85,22 @@ class CostBank:
         Raises:
             InputError: A platform or model is unknown, or a file is wrong.
         """
-        places = tuple(get_platform(platform) for platform in platforms)
+        read = tuple(get_platform(platform) for platform in platforms)
         profiles: list[Profile] = []
         names: tuple[str, ...] = models
-        for name, place in zip(platforms, places, strict=True):
+        for name, place in zip(platforms, read, strict=True):
             known = [get_profile(name, model) for model in models]
             ends = [known[models.index(model)] for model in neighbours]
             added = interpolated_profiles(place, ends, between)
             names = (*models, *(profile.model for profile in added))
             profiles += [*known, *added]
-        return cls.of(tuple(profiles), places, names)
+        return cls.of(tuple(profiles), platforms, read, names)
 
     @classmethod
     def of(
         cls,
         profiles: tuple[Profile, ...],
+        places: tuple[str, ...] = (),
         platforms: tuple[Platform, ...] = (),
         models: tuple[str, ...] = (),
     ) -> "CostBank":
@@ -108,6 +111,7 @@ class CostBank:
             for row, (profile, cost) in enumerate(zip(profiles, costs, strict=True))
         ]
         return cls(
+            places,
             platforms,
             models,
             profiles,

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmrl.errors import InputError
-from mmrl.scenarios.sampler import EpisodeInfo, EpisodeSampler, read_bank
+from mmrl.scenarios.sampler import EpisodeInfo, EpisodeSampler, read_bank, read_options
 from mmrl.scenarios.schema import Scenario
 
 
-class MixedSampler(EpisodeSampler):
+class MixedSampler:
     """Draws episodes of a scenario with variants; to a simulator it is like any other sampler.
 
     Args:
@@ -24,7 +24,17 @@ class MixedSampler(EpisodeSampler):
         InputError: A variant cannot be drawn.
 
     Attributes:
+        scenario: The scenario.
+        bank: The profiles of all variants as arrays.
+        decode_tables: float64[P, 65, 33], seconds; a node's ``profile`` is the row.
+        prefill_tables: float64[P, 257], seconds.
         parts: The sampler of each variant.
+        max_models: The most models that an episode has.
+        full_verbs: Whether the verb set is ``full``.
+        capacity: Rows that a request table needs.
+        highest_load: Up to which options may ask for a load: what every variant can play.
+        rates_at_load_1: Lowest and highest mean rate per second at load 1, and between them the
+            middle one of the variants' medians.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -37,6 +47,7 @@ class MixedSampler(EpisodeSampler):
         self.max_models = max(part.max_models for part in self.parts)
         self.full_verbs = scenario.verbs == "full"
         self.capacity = max(part.capacity for part in self.parts)
+        self.highest_load = min(part.highest_load for part in self.parts)
         low, middle, high = zip(*(part.rates_at_load_1 for part in self.parts), strict=True)
         self.rates_at_load_1 = (min(low), float(np.median(middle)), max(high))
 
@@ -44,11 +55,6 @@ class MixedSampler(EpisodeSampler):
         """Return the rows that variants draw on a platform of the bank."""
         found = [part.rows(platform) for part in self.parts if platform in part.platforms]
         return np.unique(np.concatenate(found))
-
-    @property
-    def longest_tokens(self) -> int:
-        """The most tokens, prompt and output, that a request can have."""
-        return max(part.longest_tokens for part in self.parts)
 
     @property
     def trace_notes(self) -> tuple[str, ...]:
@@ -67,9 +73,13 @@ class MixedSampler(EpisodeSampler):
         Raises:
             InputError: An option is unknown, or does not suit the scenario.
         """
-        if options and "trace" in options:
+        _, trace = read_options(options, self.highest_load)
+        if trace is not None:
             raise InputError(
-                f"scenario '{self.scenario.name}' draws its fleet: a trace cannot be played",
+                f"scenario '{self.scenario.name}' draws a variant: a trace cannot be played",
                 "name a scenario with a fixed fleet (mmrl scenarios list)",
             )
         return self.parts[int(rng.random() * len(self.parts))].draw(rng, node, requests, options)
+
+
+ScenarioSampler = EpisodeSampler | MixedSampler

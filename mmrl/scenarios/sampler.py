@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from mmrl.errors import InputError, unknown
 from mmrl.node.state import DISPATCHES, MAX_MODELS, new_nodes, new_requests
 from mmrl.profiles.interpolate import MARK
-from mmrl.profiles.registry import get_platform
 from mmrl.scenarios.bank import LOAD_FIELDS, OTHER_FIELDS, STREAM_FIELDS, CostBank
 from mmrl.scenarios.requests import FleetCosts
 from mmrl.scenarios.schema import Scenario
@@ -91,6 +90,32 @@ class DoesNotFit(InputError):
     """A model of the fleet can never serve under the budget."""
 
 
+def read_options(
+    options: Mapping[str, Any] | None, highest_load: float
+) -> tuple[float | None, Trace | None]:
+    """Return the load and the trace that the options of an episode ask for, None for neither.
+
+    Raises:
+        InputError: An option is unknown, or the load is not above 0 and up to the highest.
+    """
+    if not options:
+        return None, None
+    for key in options:
+        if key not in OPTIONS:
+            raise unknown("reset option", key, OPTIONS)
+    load = options.get("load")
+    if load is not None and not 0 < load <= highest_load:
+        raise InputError(
+            f"option load is {load:g}, not above 0 and up to {highest_load:g}",
+            "a scenario of your own may have more: load = [1, 2]",
+        )
+    return load, options.get("trace")
+
+
+class TooManyRequests(InputError):
+    """An episode at the highest load has more requests than tables are made for."""
+
+
 class EpisodeSampler:
     """Draws episodes of a scenario.
 
@@ -100,7 +125,7 @@ class EpisodeSampler:
 
     Raises:
         InputError: A platform, model or trace is unknown or wrong; `DoesNotFit`: a model can
-            never fit.
+            never fit; `TooManyRequests`: an episode is too long for its load.
 
     Attributes:
         scenario: The scenario.
@@ -111,6 +136,7 @@ class EpisodeSampler:
         max_models: The most models that an episode has.
         full_verbs: Whether the verb set is ``full``.
         capacity: Rows that a request table needs.
+        highest_load: Up to which options may ask for a load.
         rates_at_load_1: Lowest, median and highest mean rate per second at load 1, over fleets
             and workloads.
     """
@@ -118,12 +144,12 @@ class EpisodeSampler:
     def __init__(self, scenario: Scenario, bank: CostBank | None = None) -> None:
         self.scenario = scenario
         self.bank = bank if bank is not None else read_bank((scenario,))
-        names = [get_platform(name).name for name in scenario.platform]
-        known = [platform.name for platform in self.bank.platforms]
-        self.platforms = [known.index(name) for name in names]
+        # by the scenario's own words: two folders may hold platforms of one name
+        self.platforms = [self.bank.places.index(place) for place in scenario.platform]
         self.decode_tables = self.bank.decode_tables
         self.prefill_tables = self.bank.prefill_tables
         self.max_models = scenario.largest_fleet
+        self.highest_load = max(OPTION_LOAD, scenario.load[1])
         self.full_verbs = scenario.verbs == "full"
         self._row_names = [profile.model for profile in self.bank.profiles]
         self._source: GeneratedRequests | RecordedRequests
@@ -187,7 +213,7 @@ class EpisodeSampler:
             InputError: An option is unknown or does not suit the scenario.
         """
         scenario = self.scenario
-        load, trace = self._read_options(options)
+        load, trace = read_options(options, self.highest_load)
         uniform = rng.random(4 + MAX_MODELS)
         if load is None:
             low, high = scenario.load
@@ -221,24 +247,6 @@ class EpisodeSampler:
             filled.requests,
             filled.dropped,
         )
-
-    def _read_options(self, options: Mapping[str, Any] | None) -> tuple[float | None, Trace | None]:
-        if not options:
-            return None, None
-        for key in options:
-            if key not in OPTIONS:
-                raise unknown("reset option", key, OPTIONS)
-        load = options.get("load")
-        if load is not None and not 0 < load <= self._highest_load:
-            raise InputError(
-                f"option load is {load:g}, not above 0 and up to {self._highest_load:g}",
-                "a scenario of your own may have more: load = [1, 2]",
-            )
-        return load, options.get("trace")
-
-    @property
-    def _highest_load(self) -> float:
-        return max(OPTION_LOAD, self.scenario.load[1])
 
     def _draw_fleet(
         self, rng: np.random.Generator, platform: int, uniform: NDArray[np.float64]
@@ -323,7 +331,7 @@ class EpisodeSampler:
         """Return the rows of a platform's models that may be in a fleet: those that can fit.
 
         A fixed fleet must fit as it is. Of the models to choose from, those are left out that
-        even the largest budget cannot serve.
+        even the largest budget cannot serve in every fleet.
 
         Raises:
             DoesNotFit: A model can never fit, or none of those to choose from can.
@@ -346,15 +354,29 @@ class EpisodeSampler:
             longest = np.full(len(rows), self._source.longest_tokens)
             self._check_fit(platform, rows, budget, longest)
             return rows
-        needed = bank.needed_bytes(rows, levels=False, tokens=self._source.longest_tokens)
-        fitting = rows[needed <= budget]
+        fitting = rows[self._needed_bytes(rows, scenario.fleet.size[1]) <= budget]
         if len(fitting) == 0:
             raise DoesNotFit(
                 f"scenario '{scenario.name}': fleet.choose_from: none of them fits in "
                 f"{budget / 1e9:.1f} GB of {bank.platforms[platform].name}",
-                "raise the budget or name smaller models",
+                "raise the budget, or name smaller models or fleets",
             )
         return fitting
+
+    def _needed_bytes(self, rows: NDArray[np.int64], models: int) -> NDArray[np.int64]:
+        """Return what each row needs as a whole in the worst fleet of so many, int64[R].
+
+        The rest of that fleet is the worst of all rows, for an architecture may come several times:
+        the largest workspace, the most graphs and, with levels, the largest streaming slots.
+        """
+        bank = self.bank
+        workspace, graphs = bank.workspace_bytes[rows], bank.graphs_bytes[rows]
+        slots = 2 * bank.constants["layer_bytes"][rows] * self.full_verbs
+        if models > 1:
+            workspace, slots = workspace.max(), slots.max()
+            graphs = graphs + (models - 1) * graphs.max()
+        kv = bank.kv_bytes(rows, self._source.longest_tokens)
+        return np.asarray(workspace + graphs + slots + bank.weight_bytes[rows] + kv, np.int64)
 
     def _check_fit(
         self,
@@ -406,13 +428,19 @@ class EpisodeSampler:
         """Draw some episodes: (rows that a table needs, range of the rate at load 1)."""
         node, requests = new_nodes(1)[0], new_requests(1, PROBE_ROWS)[0]
         rng = np.random.default_rng(0)
-        load = {"load": self._highest_load}
-        infos = [self.draw(rng, node, requests, load) for _ in range(PROBES)]
-        if any(info.dropped for info in infos):
-            raise InputError(
-                f"scenario '{self.scenario.name}': an episode has over {PROBE_ROWS:,} requests",
-                "lower duration_s, load or utilisation_at_load_1",
-            )
-        rates = sorted(info.rate_per_s / self._highest_load for info in infos)
+        load = {"load": self.highest_load}
+        infos: list[EpisodeInfo] = []
+        for _ in range(PROBES):
+            infos.append(self.draw(rng, node, requests, load))
+            if infos[-1].dropped:
+                raise TooManyRequests(
+                    f"scenario '{self.scenario.name}': an episode has over {PROBE_ROWS:,} requests",
+                    "lower duration_s, load or utilisation_at_load_1",
+                )
+        rates = sorted(info.rate_per_s / self.highest_load for info in infos)
         capacity = CAPACITY_MARGIN * max(info.requests for info in infos) + 64
+        if isinstance(self._source, RecordedRequests):  # a burst may be in no probe
+            utilisation = self.highest_load * self.scenario.utilisation_at_load_1
+            most = (self._source.most_requests(utilisation, rows) for rows in self._choices)
+            capacity = max(capacity, *most)
         return capacity, (rates[0], rates[PROBES // 2], rates[-1])

@@ -26,7 +26,7 @@ from mmrl.workloads.fleet import Mapping
 from mmrl.workloads.generators import WorkloadSpec, as_range
 
 if TYPE_CHECKING:
-    from mmrl.scenarios.sampler import EpisodeSampler
+    from mmrl.scenarios.mixture import ScenarioSampler
 
 REMEDY = "docs/scenarios.md describes each field"
 
@@ -236,7 +236,7 @@ class Scenario(_Strict):
             changes["workload"] = first.workload.pinned()
         return first.model_copy(update=changes)
 
-    def sampler(self) -> "EpisodeSampler":
+    def sampler(self) -> "ScenarioSampler":
         """Read the profiles and prepare to draw episodes.
 
         Raises:

@@ -176,6 +176,32 @@ class RecordedRequests:
         )
         return Filled(n, rate, dropped)
 
+    def most_requests(self, utilisation: float, rows: NDArray[np.int64]) -> int:
+        """Return the most requests that an episode may have, wherever it begins.
+
+        Args:
+            utilisation: Wanted seconds of service alone per second.
+            rows: Those of the fixed fleet, or those that a fleet is drawn from: of it, whatever
+                is the fastest for each service of the trace.
+        """
+        most = 0
+        for models, (trace, service_s) in self._fitted.items():
+            of_each = service_s[rows].min(axis=0)
+            if self._models is not None:
+                of_each = service_s[rows, np.arange(models)]
+            stretch = trace.rate_per_s * float(of_each.sum()) / utilisation
+            most = max(most, busiest(trace, int(self._duration_s * 1e9 / stretch) + 1))
+        return most
+
+
+def busiest(trace: Trace, window_ns: int) -> int:
+    """Return the most requests within a time; after the end of the trace it begins anew."""
+    period_ns = round(trace.duration_s * 1e9)
+    laps, rest_ns = divmod(window_ns, period_ns)
+    arrival_ns = np.concatenate([trace.arrival_ns, trace.arrival_ns + period_ns])
+    ends = np.searchsorted(arrival_ns, trace.arrival_ns + rest_ns, side="right")
+    return laps * len(trace) + int((ends - np.arange(len(trace))).max())
+
 
 def play(
     trace: Trace,

@@ -316,6 +316,12 @@ class Suite:
                 group: Group = "fixed" if variation.traces else "variation"
                 about = group, f"{platform}-{name}", platform, variation.family, name
                 cells.append(self._cell(*about, 1.0, data, len(cells)))
+        names = [cell.name for cell in cells]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(
+                f"{self.path}: cell '{twice[0]}' is there twice",
+                "give each load once, and no variation the name of a family",
+            )
         return cells
 
     def _cell(
@@ -329,7 +335,7 @@ class Suite:
         data: dict[str, Any],
         number: int,
     ) -> Cell:
-        name = f"{base}-{load:.1f}"
+        name = f"{base}-{load_name(load)}"
         found = self.frozen.get("utilisation", {}).get(base, {})
         fields = {
             **data,
@@ -339,6 +345,11 @@ class Suite:
         }
         scenario = build_scenario(fields, f"suite {self.name}, cell {name}")
         return Cell(name, base, group, platform, family, variation, load, scenario, number * STRIDE)
+
+
+def load_name(load: float) -> str:
+    """Return a load as names of cells have it: one decimal at least, and no digit lost."""
+    return f"{load:.1f}" if float(f"{load:.1f}") == load else str(load)
 
 
 def suite_names() -> list[str]:

@@ -231,13 +231,16 @@ class WorkloadSpec(BaseModel):
             return middles | {k: v[0] if isinstance(v, list) else v for k, v in lists.items()}
 
         arrivals, popularity, lengths = self.arrivals, self.popularity, self.lengths
+        of_lengths = middle(lengths, family=lengths.family)
+        if EMPIRICAL not in family_names(of_lengths["family"]):
+            of_lengths["file"] = None  # it is of another family
         of_arrivals = middle(arrivals, "cv", "on_s", "off_ratio", kind=arrivals.kind)
         return WorkloadSpec(
             arrivals=arrivals.model_copy(update=of_arrivals),
             popularity=popularity.model_copy(
                 update=middle(popularity, "zipf", "drift_period_s") | {"order": "fleet"}
             ),
-            lengths=lengths.model_copy(update=middle(lengths, family=lengths.family)),
+            lengths=lengths.model_copy(update=of_lengths),
         )
 
     def draw(self, rng: np.random.Generator, models: int) -> DrawnWorkload:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -343,6 +344,10 @@ def test_wrong_input_of_an_evaluation(tiny, run):
         evaluate([str(run)], ["oversized"])
     with pytest.raises(InputError, match="fixed fleet"):
         evaluate(["slack"], ["fast"], traces=[_one_request(run)])
+    varied = run.parent / "varied.toml"
+    varied.write_text(Path(tiny).read_text() + "[[variants]]\nload = 1\n[[variants]]\nload = 2\n")
+    with pytest.raises(InputError, match="'varied' draws its variant: a trace cannot be fitted"):
+        evaluate(["slack"], [str(varied)], traces=[_one_request(run)])
 
 
 def _one_request(folder):

@@ -112,6 +112,16 @@ def test_a_cell_that_changed_is_refused(folder, result, tmp_path, old, new):
     assert get_suite(tmp_path / "tiny.toml").hash != get_suite(folder / "tiny.toml").hash
 
 
+def test_cells_of_any_loads_have_names_of_their_own(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.replace("loads = [1.0]", "loads = [0.75, 0.8, 1, 1.25]"))
+    names = [cell.name for cell in get_suite(path).cells]
+    assert names[:4] == [f"fast-chat-{load}" for load in ("0.75", "0.8", "1.0", "1.25")]
+    path.write_text(TINY.replace("loads = [1.0]", "loads = [0.75, 1.0, 0.75]"))
+    with pytest.raises(InputError, match=r"cell 'fast-chat-0\.75' is there twice"):
+        get_suite(path)
+
+
 def test_a_damaged_file_of_what_was_frozen_is_named(folder, result, tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY)
     (tmp_path / "tiny.frozen.json").write_text("{")

@@ -21,6 +21,7 @@ from mmrl.plan.page import as_json, carried, headline
 from mmrl.plan.question import LEAST, MOST, scenario_at
 from mmrl.profiles.registry import get_platform, get_profile
 from mmrl.rollout import EpisodeResult
+from mmrl.scenarios import sampler as sampler_module
 
 SMALL = "qwen2.5-0.5b"
 
@@ -140,6 +141,22 @@ def test_rates_are_refined_where_a_model_falls() -> None:
     assert curve.goodput[0] == 1 and curve.goodput[-1] == 0
     grid = capacity.GRID + 1
     assert grid < len(curve.rates_per_s) <= grid + 3 * capacity.REFINED
+
+
+def test_short_requests_are_played_up_to_what_a_table_holds(
+    quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trace = tmp_path / "labels.csv"  # a prompt and one token, as for classification
+    rows = [f"{at / 10},a,{20 + at % 180},{1 + at % 3}" for at in range(2000)]
+    trace.write_text("arrival_s,model,prompt_tokens,output_tokens\n" + "\n".join(rows))
+    monkeypatch.setattr(capacity, "rule_names", lambda: ["slack"])
+    monkeypatch.setattr(sampler_module, "PROBE_ROWS", 2**13)
+    player = step_player((100.0, 100.0))
+    answer = plan_site(ask([SMALL], trace=[trace]), Site("h200", 40), "steps", player)
+    assert not answer.fit.reason
+    rate = answer.curves[0].rates_per_s[-1]
+    assert answer.curves[0].capacity == Capacity(rate, at_least=True)
+    assert 0.2 * 2**13 < rate * 120 < 2**13
 
 
 @pytest.fixture

@@ -248,7 +248,22 @@ def test_tables_follow_the_model_between_their_knots(
     assert chunk == pytest.approx(costs.chunk_s(start, tokens), rel=0.12 if measured else 0.4)
 
 
-@given(pairs, st.floats(0.5, 2), batches, st.integers(0, 3_000_000), contexts, prompts)
+@given(pairs, st.integers(32_768, 300_000), st.integers(128, 2048))
+def test_prefill_keeps_attention_beyond_the_table(
+    pair: tuple[str, str], start: int, tokens: int
+) -> None:
+    costs = MODELS[pair]
+    chunk = prefill_chunk_ns(PREFILL_TABLES[pair], 1.0, start, tokens) / 1e9
+    assert chunk == pytest.approx(costs.chunk_s(start, tokens), rel=0.01)
+    bound = costs.profile.prefill_bound_s
+    assert chunk >= float(bound(start + tokens) - bound(start))
+    whole = prefill_chunk_ns(PREFILL_TABLES[pair], 1.0, 0, start) / 1e9
+    assert whole == pytest.approx(costs.prefill_s(start), rel=1e-6)
+
+
+@given(
+    pairs, st.floats(0.5, 2), batches, st.integers(0, 3_000_000), st.integers(0, 100_000), prompts
+)
 def test_compiled_equals_plain_python(
     pair: tuple[str, str], scale: float, batch: int, total: int, start: int, tokens: int
 ) -> None:
@@ -276,6 +291,7 @@ def test_prefill_chunk_ns_worked_by_hand() -> None:
     assert prefill_chunk_ns(table, 1.0, 0, 64) == 1_000_000  # the launch floor
     assert prefill_chunk_ns(table, 1.0, 128 * 40, 128) == 1_000_000  # adds 81 us: the floor again
     assert prefill_chunk_ns(table, 1.0, 128 * 100, 128 * 10) == 2_100_000  # 110^2 - 100^2
+    assert prefill_chunk_ns(table, 1.0, 128 * 300, 128 * 10) == 6_100_000  # beyond the last knot
 
 
 @pytest.mark.parametrize("model", registry.models("h200"))

@@ -8,8 +8,8 @@ import pytest
 from mmrl.errors import InputError
 from mmrl.profiles import registry
 from mmrl.profiles.costs import CostModel
-from mmrl.profiles.derive import derive_profile, rule
-from mmrl.profiles.schema import save
+from mmrl.profiles.derive import derive_profile, rule, scale_profile
+from mmrl.profiles.schema import Limits, Platform, Transfer, save
 
 MODELS = registry.models("h200")
 DERIVED = ["consumer-pcie4", "l40s", "study-a6000", "study-rtx5000ada"]
@@ -102,6 +102,45 @@ def test_an_unprofiled_model_gets_a_valid_profile_anywhere(platform: str) -> Non
     profile = derive_profile("llama-70b", shape, registry.get_platform(platform))
     assert profile.weight_bytes > 100e9
     assert profile.platform == platform
+
+
+def on_hardware(memory_bytes_per_s: float, compute_flop_per_s: float) -> Platform:
+    limits = Limits(memory_bytes_per_s=memory_bytes_per_s, compute_flop_per_s=compute_flop_per_s)
+    return registry.get_platform("consumer-pcie4").model_copy(update={"limits": limits})
+
+
+@pytest.mark.parametrize("memory_bytes_per_s", [1e10, 2e11, 8e11, 2e12, 8e12, 1e14])
+@pytest.mark.parametrize("compute_flop_per_s", [1e12, 27e12, 2e14, 2.25e15, 1e18])
+@pytest.mark.parametrize("model", MODELS)
+def test_any_hardware_gets_a_profile_within_its_limits(
+    memory_bytes_per_s: float, compute_flop_per_s: float, model: str
+) -> None:
+    platform = on_hardware(memory_bytes_per_s, compute_flop_per_s)
+    measured = registry.get_profile("h200", model)
+    for profile in (
+        scale_profile(measured, registry.get_platform("h200"), platform),
+        derive_profile(model, measured.architecture, platform),
+    ):
+        prefill = [point.time_s for point in profile.prefill]
+        assert prefill == sorted(prefill)
+        for point in profile.prefill:
+            assert point.time_s >= profile.prefill_bound_s(point.tokens)
+        for at in profile.decode:
+            kv_tokens = at.batch * at.context_tokens
+            assert at.time_s >= profile.decode_bound_s(at.batch, kv_tokens)
+            assert all(
+                at.time_s >= other.time_s
+                for other in profile.decode
+                if other.batch <= at.batch and other.context_tokens <= at.context_tokens
+            )
+
+
+def test_hardware_that_no_profile_describes() -> None:
+    platform = registry.get_platform("consumer-pcie4")
+    stuck = platform.model_copy(update={"stream": Transfer(fixed_s=0, bytes_per_s=1e-305)})
+    shape = registry.get_profile("h200", MODELS[0]).architecture
+    with pytest.raises(InputError, match=f"{MODELS[0]} on consumer-pcie4: time_s: "):
+        derive_profile(MODELS[0], shape, stuck)
 
 
 def test_unknown_names_suggest_the_nearest() -> None:

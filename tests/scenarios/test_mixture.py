@@ -1,4 +1,5 @@
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -6,12 +7,15 @@ import pytest
 
 from mmrl.errors import InputError
 from mmrl.node.state import new_nodes, new_requests
+from mmrl.profiles.registry import get_platform
+from mmrl.profiles.schema import save
 from mmrl.rollout import rollout
 from mmrl.rules import get_rule
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.sampler import EpisodeSampler
 from mmrl.scenarios.schema import build_scenario
 from mmrl.sim.batch import Sampler
+from mmrl.workloads.generators import WorkloadSpec, sample_trace
 
 
 def data(**more: Any) -> dict[str, Any]:
@@ -61,6 +65,38 @@ def test_an_episode_is_one_of_a_variant() -> None:
         assert node.prefetch == (info.platform == "consumer-pcie4")
     assert min(drawn.values()) > 10 and len(drawn) == 2
     assert len(rollout(get_rule("slack"), mixed, [("dev", i) for i in range(4)])) == 4
+
+
+def test_what_options_may_ask_does_not_depend_on_the_variant_that_is_drawn() -> None:
+    sampler = build_scenario(data(variants=[{"load": [1, 3]}, {"load": 1}]), "two").sampler()
+    node, requests = new_nodes(1)[0], new_requests(1, sampler.capacity)[0]
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        assert sampler.draw(rng, node, requests, {"load": 1.5}).load == 1.5
+        for option, message in (
+            ({"load": 2.5}, r"load is 2.5, not above 0 and up to 1\.5"),
+            ({"lode": 1.0}, "unknown reset option 'lode'"),
+            ({"trace": sample_trace(WorkloadSpec(), ("one",), 1.0, 10.0)}, "draws a variant"),
+        ):
+            with pytest.raises(InputError, match=message):
+                sampler.draw(rng, node, requests, option)
+
+
+def test_two_folders_may_hold_platforms_of_one_name(tmp_path: Path) -> None:
+    source = get_platform("consumer-pcie4")
+    for folder, usable_bytes in (("roomy", source.usable_bytes), ("tight", 15 * 10**9)):
+        (tmp_path / folder).mkdir()
+        changes = {"usable_bytes": usable_bytes, "budgets_gb": ()}
+        save(tmp_path / folder / "platform.json", source.model_copy(update=changes))
+    places = [str(tmp_path / "roomy"), str(tmp_path / "tight")]
+    for content in (
+        data(variants=[], platform=places),
+        data(variants=[{"platform": place} for place in places]),
+    ):
+        sampler = build_scenario(content, "two").sampler()
+        assert len(sampler.bank.platforms) == 2
+        assert len(sampler.rows(0)) > len(sampler.rows(1))  # qwen2.5-7b is too large for one
+        assert {draw(sampler, seed)[1].profile[0] // 3 for seed in range(20)} == {0, 1}
 
 
 def test_sizes_between_the_measured_ones_are_drawn() -> None:

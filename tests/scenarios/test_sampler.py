@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from mmrl.errors import InputError
 from mmrl.node.state import NODE, REQUEST, SEGMENT_STEPS, new_nodes, new_requests
 from mmrl.profiles.costs import decode_ns, prefill_alone_ns, prefill_chunk_ns
+from mmrl.profiles.interpolate import MARK
 from mmrl.profiles.registry import get_profile
 from mmrl.scenarios.registry import get_scenario, scenario_names
 from mmrl.scenarios.requests import decode_alone_ns
 from mmrl.scenarios.sampler import EpisodeInfo, EpisodeSampler
 from mmrl.scenarios.seeds import SPLITS, episode_rng
+from mmrl.scenarios.sources import busiest
+from mmrl.scenarios.suite import get_suite
 from mmrl.workloads.generators import WorkloadSpec, sample_trace
 from mmrl.workloads.trace import Trace
 
@@ -204,6 +207,61 @@ def test_models_that_never_fit_are_not_drawn() -> None:
         get_scenario("demo", fleet=fleet, budget_gb=5).sampler()
 
 
+@pytest.mark.parametrize("verbs", ["core", "full"])
+@pytest.mark.parametrize(
+    ("budget_gb", "size", "choose_from"),
+    [
+        (22, 16, ["qwen2.5-7b", "qwen2.5-0.5b"]),
+        (24, 8, ["qwen2.5-7b", "qwen2.5-0.5b"]),
+        (40, [1, 12], ["qwen2.5-14b", "qwen2.5-7b", "llama3.2-3b"]),
+    ],
+)
+def test_every_fleet_that_is_drawn_has_room_for_each_model(
+    verbs: str, budget_gb: float, size: Any, choose_from: list[str]
+) -> None:
+    fleet = {"size": size, "choose_from": choose_from}
+    sampler = get_scenario("demo", fleet=fleet, budget_gb=budget_gb, verbs=verbs).sampler()
+    for seed in range(40):
+        _, node, _ = draw(sampler, seed)
+        rows = node.profile[: node.n_models]
+        weights = sampler.bank.weight_bytes[rows]
+        kv = sampler.bank.kv_bytes(rows, 8192)
+        assert (weights + kv + node.reserve_bytes <= node.budget_bytes).all()
+
+
+def test_fit_is_judged_by_the_fleets_that_can_be_drawn() -> None:
+    six = ["qwen2.5-14b", "llama3.1-8b", "qwen2.5-7b", "llama3.2-3b", "qwen2.5-1.5b"]
+    fleet = {"size": 1, "choose_from": [*six, "qwen2.5-0.5b"]}
+    sampler = get_scenario("demo", fleet=fleet, budget_gb=18.6).sampler()
+    drawn = {draw(sampler, seed)[0].model_names[0] for seed in range(60)}
+    assert "qwen2.5-7b" in drawn and "qwen2.5-14b" not in drawn  # nobody else's graphs are held
+    with pytest.raises(InputError, match="none of them fits"):  # eight times its graphs are
+        fleet = {"size": 8, "choose_from": ["qwen2.5-7b"]}
+        get_scenario("demo", fleet=fleet, budget_gb=18).sampler()
+
+
+SHIPPED = {name: get_scenario(name) for name in scenario_names()} | get_suite("v1").bases()
+LEFT_OUT = {  # of the shipped scenarios and the frozen cells, by platform
+    "study-rtx5000ada": {"qwen2.5-14b"},
+    "consumer-pcie4": {"qwen2.5-14b", "~9.46b", "~11.71b"},
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_shipped_scenarios_draw_from_stays(name: str) -> None:
+    for scenario in SHIPPED[name].parts():
+        if scenario.fleet is None:
+            continue
+        sampler = EpisodeSampler(scenario)
+        bank, between = sampler.bank, scenario.fleet.between
+        sizes = {m for m in bank.models if m.startswith(MARK)} if between else set[str]()
+        named = sizes | set(scenario.fleet.choose_from)
+        for platform in sampler.platforms:
+            drawn = {bank.profiles[row].model for row in sampler.rows(platform)}
+            left_out = LEFT_OUT.get(bank.platforms[platform].name, set())
+            assert drawn == named - left_out
+
+
 @settings(max_examples=60, deadline=None)
 @given(prompt=st.integers(1, 8000), output=st.integers(1, 600), scale=st.floats(0.8, 1.2))
 def test_latency_alone_is_that_of_the_steps(prompt: int, output: int, scale: float) -> None:
@@ -316,6 +374,36 @@ def test_a_short_trace_begins_anew(tmp_path: Path) -> None:
     sampler = get_scenario("demo", trace={"paths": path}, utilisation_at_load_1=2.0).sampler()
     info, _, _ = draw(sampler, 0)
     assert info.requests == pytest.approx(info.rate_per_s * 60, rel=0.3)
+
+
+@pytest.mark.parametrize("fleet", [None, {"size": [2, 3], "choose_from": ["qwen2.5-0.5b"]}])
+def test_no_burst_of_a_trace_is_too_large_for_the_table(tmp_path: Path, fleet: Any) -> None:
+    path = tmp_path / "burst.csv"
+    calm, burst = np.arange(0, 20_000, 10.0), 7000 + np.arange(0, 20, 0.01)
+    rows = [f"{at},{k % 3},200,20" for k, at in enumerate(np.sort([*calm, *burst]).tolist())]
+    path.write_text("arrival_s,model,prompt_tokens,output_tokens\n" + "\n".join(rows))
+    what = {"fleet": fleet} if fleet else {"models": ["qwen2.5-0.5b"] * 3}
+    sampler = get_scenario(
+        "demo", **what, trace={"paths": path, "mapping": "services"}, utilisation_at_load_1=0.02
+    ).sampler()
+    assert sampler.capacity >= 2000
+    infos = [draw(sampler, seed, {"load": sampler.highest_load})[0] for seed in range(2000)]
+    assert not any(info.dropped for info in infos)
+    most = max(info.requests for info in infos)
+    assert most > 500  # some have met the burst
+    if fleet is None:
+        assert most <= sampler.capacity
+
+
+def test_the_busiest_window_of_a_trace() -> None:
+    one = Trace(
+        np.array([0, 1, 2, 5, 9]) * 10**9,
+        *(np.ones(5, dtype) for dtype in (np.int32, np.int32, np.int32, np.bool_)),
+        model_names=("a", "b"),
+        duration_s=10.0,
+    )
+    for window_s, expected in ((0.5, 1), (1, 2), (2, 3), (3, 4), (10, 6), (12, 8), (23, 14)):
+        assert busiest(one, int(window_s * 1e9)) == expected
 
 
 def test_wrong_options() -> None:

@@ -27,6 +27,14 @@ RICH = {
 }
 
 
+def test_pinned_keeps_a_file_of_lengths_for_its_family_alone(tmp_path):
+    for families in (["chat", "empirical"], ["empirical", "chat"], "empirical"):
+        lengths = {"family": families, "file": tmp_path / "lengths.csv"}
+        pinned = spec(lengths=lengths).pinned().lengths
+        assert pinned.family == (families if families == "empirical" else families[0])
+        assert (pinned.file is not None) == (pinned.family == "empirical")
+
+
 def same(one, other):
     return all(np.array_equal(a, b) for a, b in zip(one[:5], other[:5], strict=True))
 

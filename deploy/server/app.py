@@ -1,6 +1,7 @@
 """`create_app`: the endpoints of a live node, over any engine."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -20,6 +21,8 @@ from mmrl.deploy.server.live import Live
 from mmrl.deploy.server.middleware import OPEN, Gate
 from mmrl.deploy.server.settings import ServerSettings
 from mmrl.deploy.server.text import Texts
+
+log = logging.getLogger("mmrl.server")
 
 GENERATION_FAILURES = admin.failures(400, 401, 403, 404, 413, 429, 500, 503)
 WARM_S = 0.5
@@ -86,7 +89,15 @@ async def _warm(engine: Engine, texts: Texts) -> None:
         await asyncio.sleep(WARM_S)
     for info in engine.models.values():
         with suppress(Exception):  # told to whoever asks for this model
-            await texts.get(info.path)
+            text = await texts.get(info.path)
+            if text.vocabulary > info.vocabulary:
+                log.warning(
+                    "%s: its tokenizer writes tokens up to %d, the model has %d: prompts with "
+                    "one that it lacks are refused",
+                    info.name,
+                    text.vocabulary - 1,
+                    info.vocabulary,
+                )
 
 
 def _add_models(app: FastAPI, completions: Completions) -> None:

@@ -98,13 +98,6 @@ class Completions:
                 prompt = await off_loop(len(given), text.encode, given)
             else:
                 prompt = given
-                if max(prompt) >= text.vocabulary:
-                    raise ApiError(
-                        400,
-                        f"'prompt': {body.model} has tokens 0 to {text.vocabulary - 1}.",
-                        param="prompt",
-                        code="invalid_value",
-                    )
             echo = ""
             if body.echo:
                 echo = given if isinstance(given, str) else text.decode(prompt)
@@ -167,10 +160,12 @@ class Completions:
             )
         info = job.record.info
         job.record.prompt_tokens = len(job.prompt)
+        most = _most_tokens(info, job, limit, body.min_tokens or 0)
+        _check_vocabulary(info, job)
         generate = Generate(
             model=info.name,
             prompt=tuple(job.prompt),
-            max_tokens=_most_tokens(info, job, limit, body.min_tokens or 0),
+            max_tokens=most,
             min_tokens=body.min_tokens or 0,
             ignore_eos=bool(body.ignore_eos),
             sampling=body.sampling,
@@ -225,6 +220,26 @@ def _most_tokens(info: ModelInfo, job: Job, limit: int | None, min_tokens: int) 
             code="invalid_value",
         )
     return most
+
+
+def _check_vocabulary(info: ModelInfo, job: Job) -> None:
+    """Let no token reach the engine that the model has no embedding for.
+
+    A GPU stops at one for good. Not only tokens that a client sends are in question: some
+    tokenizers write tokens that their model lacks, as Gemma 3 1B's does for images.
+
+    Raises:
+        ApiError: There is one.
+    """
+    largest = max(job.prompt)
+    if largest >= info.vocabulary:
+        raise ApiError(
+            400,
+            f"'{job.form.prompt}': {info.name} has tokens 0 to {info.vocabulary - 1}, and no "
+            f"token {largest}.",
+            param=job.form.prompt,
+            code="invalid_value",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,9 @@ class ModelText:
     Args:
         tokenizer: A transformers tokeniser with a ``tokenizers`` backend.
         name: Named in errors.
+
+    Attributes:
+        vocabulary: All tokens are below it; the model may have fewer.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
@@ -37,7 +40,9 @@ class ModelText:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.vocabulary: int = self._backend.get_vocab_size(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder()  # not always next to the others
+        known = self._backend.get_vocab_size(with_added_tokens=True)
+        self.vocabulary: int = max(known, 1 + max(added, default=-1))
 
     @classmethod
     def open(cls, path: str | Path) -> "ModelText":

@@ -367,6 +367,44 @@ def test_wrong_parameters_are_named(
     assert engine.seen == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_token_beyond_the_model_reaches_the_engine(folder: Path, stream: bool) -> None:
+    """Not even one that its own tokenizer writes: a GPU stops at it."""
+    engine = make_engine(folder)
+    tokens = engine.encode("the fox")
+    messages = [{"role": "user", "content": "the fox"}]
+    with serving(engine) as server:
+        for more, status in ((0, 400), (1, 200)):
+            vocabulary = max(tokens) + more
+            engine.infos = {"alpha": replace(engine.infos["alpha"], vocabulary=vocabulary)}
+            for name, prompt in (
+                ("prompt", "the fox"),
+                ("prompt", ["the fox"]),
+                ("prompt", tokens),
+                ("messages", messages),
+            ):
+                path = "/v1/completions" if name == "prompt" else "/v1/chat/completions"
+                body = {"model": "alpha", name: prompt, "stream": stream}
+                response = post(server.url, path, body)
+                assert response.status_code == status
+                if status == 400:
+                    error = error_of(response)
+                    assert (error["param"], error["code"]) == (name, "invalid_value")
+                    assert str(max(tokens)) in error["message"]
+                    assert engine.seen == []
+
+
+def test_a_tokenizer_with_more_tokens_than_its_model_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(folder)
+    engine.infos["beta"] = replace(engine.infos["beta"], vocabulary=299)
+    with serving(engine):
+        until(lambda: "the model has 299" in caplog.text)
+    assert "beta: its tokenizer writes tokens up to 299" in caplog.text
+    assert "alpha" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("path", "body"), [("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)]
 )

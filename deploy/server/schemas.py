@@ -3,21 +3,40 @@
 A request that asks for something this server does not do is refused with the name of the
 parameter: unknown fields are forbidden, and a known one that is not supported takes only the
 values that ask for nothing. The OpenAPI document says the same.
+
+Bodies are checked on the event loop, and pydantic notes every error that it finds, of which a
+client is told the first: what may be long stops at its first error, else a few megabytes of wrong
+elements would hold up every other client for seconds.
 """
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 from mmrl.deploy.protocol import Sampling
 
 SEED = 2**63
+MOST_FIELDS = 100  # of an object; more than twice what is known
 
 
 class Request(BaseModel):
     """A body: JSON types are meant as they are, and nothing is ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+            raise ValueError(f"there are more than {MOST_FIELDS} parameters")
+        return value
 
 
 # What cannot be asked for, by the values that ask for nothing.
@@ -133,7 +152,7 @@ class Message(Request):
     """A message of a conversation; the fields that only come back from a server may be null."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: Nothing = None
     refusal: Nothing = None
     audio: Nothing = None
@@ -178,7 +197,7 @@ class NotSupportedInChat(NotSupported):
 class ChatRequest(GenerationRequest, NotSupportedInChat):
     """Body of ``/v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, description="Goes before max_tokens.")
 
 
@@ -196,7 +215,7 @@ class CompletionRequest(GenerationRequest, NotSupportedInText):
     prompt: (
         Annotated[str, Field(min_length=1)]
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1)]
-        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[Token], Field(min_length=1, fail_fast=True)]
     ) = Field(description="A text, a list of one text, or tokens.")
     echo: bool | None = Field(None, description="Give the prompt back before the text.")
 

@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from pydantic import ValidationError
 
 from mmrl.deploy.logs import JsonFormatter
 from mmrl.deploy.protocol import (
@@ -26,6 +27,8 @@ from mmrl.deploy.protocol import (
     Unavailable,
 )
 from mmrl.deploy.server import ServerSettings, create_app, read_keys
+from mmrl.deploy.server.errors import from_validation
+from mmrl.deploy.server.schemas import ChatRequest, CompletionRequest
 from mmrl.errors import InputError
 from tests.deploy.made_up_engine import (
     MadeUpEngine,
@@ -365,6 +368,34 @@ def test_wrong_parameters_are_named(
     assert str(param).split("[")[0] in error["message"] or code == "invalid_messages"
     assert "validation" not in error["message"] and "None" not in error["message"]
     assert engine.seen == []
+
+
+MANY = {str(i): 1 for i in range(101)}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({**CHAT, "messages": [{}] * 3}, "messages[0].role"),
+        ({**CHAT, "messages": [{**HELLO[0], "content": [{}] * 3}]}, "messages[0].content"),
+        ({**TEXT, "prompt": [-1] * 3}, "prompt"),
+        ({**TEXT, "prompt": [{}] * 3}, "prompt"),
+        ({**CHAT, **MANY}, None),
+        ({**CHAT, "messages": [{**HELLO[0], **MANY}]}, "messages[0]"),
+        ({**CHAT, "stream": True, "stream_options": MANY}, "stream_options"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else str(value),
+)
+def test_the_first_error_is_enough(body: dict[str, Any], param: str | None) -> None:
+    """Else a large body that is wrong all over would hold up everybody while it is checked."""
+    schema = CompletionRequest if "prompt" in body else ChatRequest
+    with pytest.raises(ValidationError) as raised:
+        schema.model_validate(body)
+    errors = [{**error, "loc": ("body", *error["loc"])} for error in raised.value.errors()]
+    assert len(errors) <= 3  # one for each member of a union, or for each field of an element
+    answer = from_validation(errors)
+    assert (answer.status, answer.param) == (400, param)
+    assert param is not None or "more than 100 parameters" in answer.message
 
 
 @pytest.mark.parametrize("stream", [False, True])

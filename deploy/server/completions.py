@@ -28,7 +28,13 @@ from mmrl.deploy.server.forms import ChatForm, Form, TextForm
 from mmrl.deploy.server.records import Record, Watcher
 from mmrl.deploy.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from mmrl.deploy.server.streams import DONE, EventStream, event, while_connected
-from mmrl.deploy.server.text import ModelText, Texts, TextStream, off_loop
+from mmrl.deploy.server.text import (
+    MESSAGE_CHARACTERS,
+    ModelText,
+    Texts,
+    TextStream,
+    off_loop,
+)
 from mmrl.errors import InputError, unknown
 
 log = logging.getLogger("mmrl.server")
@@ -80,7 +86,7 @@ class Completions:
         """Answer a conversation."""
         async with self._accepted(request, body) as (record, text):
             messages = [message.for_template for message in body.messages]
-            size = sum(len(message["content"]) for message in messages)
+            size = sum(MESSAGE_CHARACTERS + len(message["content"]) for message in messages)
             try:
                 prompt = await off_loop(size, text.chat, messages)
             except InputError as error:

@@ -370,6 +370,34 @@ def test_wrong_parameters_are_named(
     assert engine.seen == []
 
 
+@pytest.mark.parametrize(
+    ("messages", "aside"), [(HELLO, False), ([{"role": "user", "content": ""}] * 300, True)]
+)
+def test_long_conversations_are_written_aside(
+    url: str,
+    engine: MadeUpEngine,
+    messages: list[dict[str, str]],
+    aside: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also one of many messages that say nothing: others are answered meanwhile."""
+    on_loop = []
+
+    def chat(*given: object) -> list[int]:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            on_loop.append(False)
+        else:
+            on_loop.append(True)
+        return [1]
+
+    monkeypatch.setattr("mmrl.deploy.server.text.ModelText.chat", chat)
+    response = post(url, "/v1/chat/completions", {"model": "alpha", "messages": messages})
+    assert response.status_code == 200
+    assert on_loop == [not aside]
+
+
 MANY = {str(i): 1 for i in range(101)}
 
 

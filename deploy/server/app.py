@@ -64,7 +64,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.live = live
-    app.add_middleware(Gate, keys=keys, max_bytes=settings.max_request_bytes)
+    app.add_middleware(Gate, keys=keys, max_bytes=settings.max_request_bytes, host=settings.host)
     errors.install(app, completions.invalid)
     _add_models(app, completions)
     _add_pages(app, counted, bool(keys))
@@ -126,12 +126,14 @@ def _add_models(app: FastAPI, completions: Completions) -> None:
         """Continue a text; with ``stream``, as server-sent events."""
         return await completions.text(request, body)
 
-    @app.get("/v1/models", tags=["models"], responses=admin.failures(401, 503))
+    @app.get("/v1/models", tags=["models"], responses=admin.failures(401, 403, 503))
     async def models() -> schemas.ModelList:
         """List the fleet."""
         return schemas.ModelList(data=[card(info) for info in completions.models().values()])
 
-    @app.get("/v1/models/{model:path}", tags=["models"], responses=admin.failures(401, 404, 503))
+    @app.get(
+        "/v1/models/{model:path}", tags=["models"], responses=admin.failures(401, 403, 404, 503)
+    )
     async def model(model: str) -> schemas.ModelCard:
         """Show one model."""
         return card(completions.model(model))

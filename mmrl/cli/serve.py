@@ -142,7 +142,10 @@ async def _serve(config: "ServeConfig") -> None:
         if started:
             for note in engine.notes:
                 console.print(note)
-            app = create_app(engine, ServerSettings(keys, int(config.server.max_request)))
+            app = create_app(
+                engine,
+                ServerSettings(keys, int(config.server.max_request), config.server.host),
+            )
             await _answer(config.server, engine, app, signals, console)
     finally:
         await engine.stop()

@@ -738,6 +738,41 @@ def test_pages_of_other_sites_command_nothing(url: str, engine: MadeUpEngine) ->
         assert HTTP.post(f"{url}/admin/revert", headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("settings", "host", "status"),
+    [
+        *((ServerSettings(), host, 200) for host in ("localhost", "LOCALHOST:80", "127.0.0.1:1")),
+        *((ServerSettings(), host, 200) for host in ("[::1]", "[::1]:8000")),
+        *((ServerSettings(), host, 403) for host in ("evil.example", "evil.example:8000", "")),
+        *((ServerSettings(), host, 403) for host in ("localhost.evil.example", "[localhost", "10")),
+        (ServerSettings(host="127.0.0.2"), "127.0.0.2:8000", 200),
+        (ServerSettings(host="localhost"), "evil.example", 403),
+        (ServerSettings(host="0.0.0.0"), "gpu.lan:8000", 200),
+        (ServerSettings(api_keys=("sk",)), "gpu.lan", 200),
+    ],
+    ids=str,
+)
+def test_names_of_other_sites_do_not_lead_to_an_open_node(
+    folder: Path, settings: ServerSettings, host: str, status: int
+) -> None:
+    """A page whose name points here (DNS rebinding) is of the same origin to its browser."""
+    engine = make_engine(folder)
+    with serving(engine, settings) as server:
+        headers = {
+            "host": host,
+            "origin": f"http://{host}",
+            "sec-fetch-site": "same-origin",
+            "authorization": "Bearer sk",
+        }
+        for method, path in (("POST", "/admin/revert"), ("GET", "/v1/models")):
+            response = HTTP.request(method, server.url + path, headers=headers)
+            assert response.status_code == status
+            if status == 403:
+                error = error_of(response)
+                assert error["code"] == "host" and "localhost" in error["message"]
+    assert bool(engine.commands) == (status == 200)
+
+
 def test_the_state_and_its_stream(url: str, engine: MadeUpEngine) -> None:
     state = HTTP.get(f"{url}/admin/state").json()
     assert [model["name"] for model in state["models"]] == ["alpha", "beta"]

@@ -27,7 +27,7 @@ from mmrl.deploy.server.errors import ApiError, from_engine, internal
 from mmrl.deploy.server.forms import ChatForm, Form, TextForm
 from mmrl.deploy.server.records import Record, Watcher
 from mmrl.deploy.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
-from mmrl.deploy.server.streams import DONE, EventStream, event, while_connected
+from mmrl.deploy.server.streams import DONE, WAIT, EventStream, event, while_connected
 from mmrl.deploy.server.text import (
     MESSAGE_CHARACTERS,
     ModelText,
@@ -42,6 +42,9 @@ log = logging.getLogger("mmrl.server")
 # The status of a stream is decided when its first token is there, or after this time: an error of
 # the engine that comes sooner has its own status, a later one is told in the stream.
 BEGIN_S = 0.5
+# A stream with nothing to tell says so this often: proxies cut what is silent for a minute or so,
+# and a request that waits for its model, or is suspended for another one, may be silent for longer.
+SILENCE_S = 10.0
 DEFAULT_TEXT_TOKENS = 16  # OpenAI's default of max_tokens for continued texts
 
 
@@ -328,7 +331,15 @@ class Run:
             yield event(chunk)
         if first is not None:
             yield event(self._form.piece(first.text, first.tokens))
-        while (item := await self._queue.get()) is not None:
+        while True:
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    item = await self._queue.get()
+            except TimeoutError:
+                yield WAIT
+                continue
+            if item is None:
+                break
             if isinstance(item, Exception):
                 yield event(from_engine(item).body) + DONE
                 return

@@ -29,6 +29,7 @@ from mmrl.deploy.protocol import (
 from mmrl.deploy.server import ServerSettings, create_app, read_keys
 from mmrl.deploy.server.errors import from_validation
 from mmrl.deploy.server.schemas import ChatRequest, CompletionRequest
+from mmrl.deploy.streams import Client, Outcome, Stream
 from mmrl.errors import InputError
 from tests.deploy.made_up_engine import (
     MadeUpEngine,
@@ -263,6 +264,48 @@ def test_the_asynchronous_client(url: str, engine: MadeUpEngine) -> None:
             return await asyncio.gather(*jobs)
 
     assert asyncio.run(talk()) == [engine.reply] * 4
+
+
+@pytest.mark.parametrize("stage", ["queue", "decode"])
+def test_a_stream_that_waits_says_so(
+    client: openai.OpenAI,
+    url: str,
+    engine: MadeUpEngine,
+    stage: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else proxies take it for dead. It is a comment, which clients skip."""
+    monkeypatch.setattr("mmrl.deploy.server.completions.SILENCE_S", 0.05)
+    engine.hold = stage
+    waits = 0
+    lines = []
+    with HTTP.stream("POST", f"{url}/v1/completions", json={**TEXT, "stream": True}) as stream:
+        for line in stream.iter_lines():
+            lines.append(line)
+            waits += line == ": wait"
+            if waits == 3:
+                engine.hold = ""
+    assert waits >= 3 and lines[-2] == "data: [DONE]"
+
+    engine.hold = stage
+    chunks = client.chat.completions.create(model="alpha", messages=HELLO, stream=True)  # type: ignore[call-overload]
+    threading.Timer(0.2, setattr, (engine, "hold", "")).start()
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == engine.reply
+
+    async def replayed() -> Stream:
+        followed = Stream()
+        sender = Client(url)
+        try:
+            body = {**TEXT, "stream": True, "stream_options": {"continuous_usage_stats": True}}
+            await sender.complete(json.dumps(body).encode(), followed)
+        finally:
+            sender.close()
+        return followed
+
+    engine.hold = stage
+    threading.Timer(0.2, setattr, (engine, "hold", "")).start()
+    followed = asyncio.run(replayed())
+    assert (followed.outcome, followed.tokens, len(followed.times_ns)) == (Outcome.DONE, 16, 16)
 
 
 # What is wrong is said, with the parameter.

@@ -87,11 +87,14 @@ def health_routes(engine: Engine) -> APIRouter:
     """Return ``/healthz`` (the front runs) and ``/readyz`` (requests are taken)."""
     router = APIRouter(tags=["health"])
 
+    # Load balancers ask with HEAD, too.
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Say that the server runs."""
         return {"status": "ok"}
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", responses={503: {}})
     async def readyz() -> Response:
         """Say whether requests are taken."""

@@ -9,14 +9,16 @@ client is told the first: what may be long stops at its first error, else a few 
 elements would hold up every other client for seconds.
 """
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 
@@ -70,6 +72,7 @@ On = Annotated[
 
 Stop = Annotated[str, Field(min_length=1)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
 
 class StreamOptions(Request):
@@ -152,20 +155,31 @@ class Message(Request):
     """A message of a conversation; the fields that only come back from a server may be null."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
-    name: Nothing = None
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+        description="Null for an assistant that said nothing."
+    )
+    name: str | None = Field(None, description="Accepted, not used.")
     refusal: Nothing = None
     audio: Nothing = None
     annotations: NoneOf | None = None
     function_call: Nothing = None
     tool_calls: NoneOf | None = None
 
+    @field_validator("content")
+    @classmethod
+    def _said(
+        cls, value: str | list[TextPart] | None, info: ValidationInfo
+    ) -> str | list[TextPart] | None:
+        if value is None and info.data.get("role", "assistant") != "assistant":
+            raise ValueError("only an assistant's content may be null")
+        return value
+
     @property
     def text(self) -> str:
         """Return the whole content."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
 
     @property
     def for_template(self) -> dict[str, str]:
@@ -192,6 +206,10 @@ class NotSupportedInChat(NotSupported):
     reasoning_effort: Nothing = None
     web_search_options: Nothing = None
     service_tier: Literal["auto", "default"] | None = None
+    metadata: EmptyObject | None = None
+    prompt_cache_key: Nothing = None
+    safety_identifier: Nothing = None
+    verbosity: Nothing = None
 
 
 class ChatRequest(GenerationRequest, NotSupportedInChat):
@@ -215,8 +233,9 @@ class CompletionRequest(GenerationRequest, NotSupportedInText):
     prompt: (
         Annotated[str, Field(min_length=1)]
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1)]
-        | Annotated[list[Token], Field(min_length=1, fail_fast=True)]
-    ) = Field(description="A text, a list of one text, or tokens.")
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=1)]
+    ) = Field(description="A text, tokens, or a list of one of these.")
     echo: bool | None = Field(None, description="Give the prompt back before the text.")
 
     @property
@@ -224,9 +243,8 @@ class CompletionRequest(GenerationRequest, NotSupportedInText):
         """Return the prompt as one text or as tokens."""
         if isinstance(self.prompt, str):
             return self.prompt
-        if isinstance(self.prompt[0], str):
-            return self.prompt[0]
-        return self.prompt
+        first = self.prompt[0]
+        return cast("list[int]", self.prompt) if isinstance(first, int) else first
 
 
 UNSUPPORTED = frozenset({*NotSupportedInChat.model_fields, *NotSupportedInText.model_fields})

@@ -165,7 +165,7 @@ def test_completions_take_text_a_list_and_tokens(
     client: openai.OpenAI, engine: MadeUpEngine
 ) -> None:
     tokens = engine.encode("one two")
-    for prompt in ("one two", ["one two"], tokens):
+    for prompt in ("one two", ["one two"], tokens, [tokens]):
         answer = client.completions.create(model="beta", prompt=prompt, max_tokens=3)
         assert answer.choices[0].finish_reason == "length"
         assert answer.usage is not None and answer.usage.completion_tokens == 3
@@ -188,7 +188,8 @@ def test_everything_reaches_the_engine(url: str, engine: MadeUpEngine) -> None:
                 "content": [{"type": "text", "text": "he"}, {"type": "text", "text": "y"}],
             },
             {"role": "assistant", "content": "yes?", "refusal": None, "tool_calls": None},
-            {"role": "user", "content": "go on"},
+            {"role": "assistant", "content": None},
+            {"role": "user", "content": "go on", "name": "Ann"},
         ],
         "max_tokens": 50,
         "max_completion_tokens": 7,
@@ -206,11 +207,13 @@ def test_everything_reaches_the_engine(url: str, engine: MadeUpEngine) -> None:
         "logprobs": False,
         "tools": [],
         "response_format": {"type": "text"},
+        **dict.fromkeys(("metadata", "prompt_cache_key", "safety_identifier", "verbosity")),
     }
     assert post(url, "/v1/chat/completions", body).status_code == 200
     written = (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhey<|im_end|>\n"
-        "<|im_start|>assistant\nyes?<|im_end|>\n<|im_start|>user\ngo on<|im_end|>\n"
+        "<|im_start|>assistant\nyes?<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+        "<|im_start|>user\ngo on<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     assert engine.seen == [
@@ -334,6 +337,8 @@ TEXT = {"model": "alpha", "prompt": "x"}
                 "audio": {"voice": "x"},
                 "modalities": ["text", "audio"],
                 "store": True,
+                "metadata": {"a": "b"},
+                "verbosity": "high",
                 "best_of": 1,
                 "guided_json": {},
             }.items()
@@ -358,6 +363,15 @@ TEXT = {"model": "alpha", "prompt": "x"}
         ({**CHAT, "messages": []}, "messages", "invalid_value"),
         ({**CHAT, "messages": [{"content": "x"}]}, "messages[0].role", "missing_parameter"),
         ({**CHAT, "messages": [{**HELLO[0], "role": "tool"}]}, "messages[0].role", "invalid_value"),
+        (
+            {**CHAT, "messages": [{**HELLO[0], "content": None}]},
+            "messages[0].content",
+            "invalid_value",
+        ),
+        ({**CHAT, "messages": [{"role": "assistant"}]}, "messages[0].content", "missing_parameter"),
+        ({**TEXT, "prompt": [[1], [2]]}, "prompt", "invalid_value"),
+        ({**TEXT, "prompt": [[]]}, "prompt", "invalid_value"),
+        ({**TEXT, "prompt": [[300]]}, "prompt", "invalid_value"),
         (
             {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content",
@@ -451,6 +465,7 @@ MANY = {str(i): 1 for i in range(101)}
         ({**CHAT, "messages": [{**HELLO[0], "content": [{}] * 3}]}, "messages[0].content"),
         ({**TEXT, "prompt": [-1] * 3}, "prompt"),
         ({**TEXT, "prompt": [{}] * 3}, "prompt"),
+        ({**TEXT, "prompt": [[-1] * 3]}, "prompt"),
         ({**CHAT, **MANY}, None),
         ({**CHAT, "messages": [{**HELLO[0], **MANY}]}, "messages[0]"),
         ({**CHAT, "stream": True, "stream_options": MANY}, "stream_options"),
@@ -463,7 +478,7 @@ def test_the_first_error_is_enough(body: dict[str, Any], param: str | None) -> N
     with pytest.raises(ValidationError) as raised:
         schema.model_validate(body)
     errors = [{**error, "loc": ("body", *error["loc"])} for error in raised.value.errors()]
-    assert len(errors) <= 3  # one for each member of a union, or for each field of an element
+    assert len(errors) <= 4  # one for each member of a union, or for each field of an element
     answer = from_validation(errors)
     assert (answer.status, answer.param) == (400, param)
     assert param is not None or "more than 100 parameters" in answer.message
@@ -666,6 +681,9 @@ def test_while_the_engine_is_not_ready(url: str, engine: MadeUpEngine) -> None:
     assert sample(url, "mmrl_draining") == 1
     engine.picture = engine.still
     assert HTTP.get(f"{url}/readyz").json() == {"status": "ready"}
+    for path in ("/healthz", "/readyz"):
+        head = HTTP.head(url + path)
+        assert (head.status_code, head.text) == (200, "")
     assert sample(url, "mmrl_ready") == 1
 
 

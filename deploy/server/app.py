@@ -18,7 +18,7 @@ from mmrl.deploy.server import admin, errors, metrics, page, schemas
 from mmrl.deploy.server.auth import Keys
 from mmrl.deploy.server.completions import Completions
 from mmrl.deploy.server.live import Live
-from mmrl.deploy.server.middleware import OPEN, Gate
+from mmrl.deploy.server.middleware import ADMIN, OPEN, Gate
 from mmrl.deploy.server.settings import ServerSettings
 from mmrl.deploy.server.text import Texts
 
@@ -54,6 +54,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     keys = Keys(settings.api_keys)
+    admin_keys = Keys(settings.admin_keys or settings.api_keys)
     # The pages that FastAPI makes for its document would load scripts from another host.
     app = FastAPI(
         title="mmrl live node",
@@ -64,13 +65,19 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.live = live
-    app.add_middleware(Gate, keys=keys, max_bytes=settings.max_request_bytes, host=settings.host)
+    app.add_middleware(
+        Gate,
+        keys=keys,
+        admin_keys=admin_keys,
+        max_bytes=settings.max_request_bytes,
+        host=settings.host,
+    )
     errors.install(app, completions.invalid)
     _add_models(app, completions)
-    _add_pages(app, counted, bool(keys))
+    _add_pages(app, counted, bool(admin_keys))
     app.include_router(admin.health_routes(engine))
     app.include_router(admin.routes(engine, live))
-    app.openapi = lambda: _document(app, bool(keys))  # type: ignore[method-assign]
+    app.openapi = lambda: _document(app, keys, admin_keys)  # type: ignore[method-assign]
     return app
 
 
@@ -158,7 +165,7 @@ def _add_pages(app: FastAPI, counted: metrics.Metrics, keyed: bool) -> None:
         return Response(counted.page(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
-def _document(app: FastAPI, keyed: bool) -> dict[str, Any]:
+def _document(app: FastAPI, keys: Keys, admin_keys: Keys) -> dict[str, Any]:
     """Return the OpenAPI document: what FastAPI writes, as this server answers."""
     if app.openapi_schema is None:
         document = get_openapi(
@@ -167,10 +174,11 @@ def _document(app: FastAPI, keyed: bool) -> dict[str, Any]:
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)  # here it is a 400, in OpenAI's shape
-                if keyed and path not in OPEN:
+                asked = admin_keys if path.startswith(ADMIN) else keys
+                if asked and path not in OPEN:
                     operation["security"] = [{"key": []}]
         schemes = {"key": {"type": "http", "scheme": "bearer"}}
-        if keyed:
+        if keys or admin_keys:
             document["components"]["securitySchemes"] = schemes
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)

@@ -23,6 +23,7 @@ from mmrl.deploy.server.streams import ClientGone
 log = logging.getLogger("mmrl.server")
 
 # What may be read without a key: nothing here tells what anybody asked a model.
+ADMIN = "/admin/"  # below it, operators' keys count
 OPEN = frozenset(
     {"/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/admin/state", "/admin/events"}
 )
@@ -41,13 +42,17 @@ class Gate:
     Args:
         app: What is behind.
         keys: API keys.
+        admin_keys: Operators' keys.
         max_bytes: Largest body.
         host: Address that the server listens on.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, max_bytes: int, host: str) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, admin_keys: Keys, max_bytes: int, host: str
+    ) -> None:
         self._app = app
         self._keys = keys
+        self._admin_keys = admin_keys
         self._max_bytes = max_bytes
         # A page may let its own name point here (DNS rebinding): to a browser, this server is then
         # a part of that site. Keys keep such pages out; without any, only known names are let in.
@@ -105,7 +110,8 @@ class Gate:
             )
         reads = scope["method"] in ("GET", "HEAD")
         if not (reads and scope["path"] in OPEN):
-            self._keys.check(headers.get("authorization"))
+            keys = self._admin_keys if scope["path"].startswith(ADMIN) else self._keys
+            keys.check(headers.get("authorization"))
         if not reads and _from_another_site(headers):
             raise ApiError(403, "Requests of pages from other sites are refused.", code="origin")
         length = headers.get("content-length", "")

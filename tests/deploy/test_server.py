@@ -723,17 +723,16 @@ def test_a_client_that_goes_cancels_its_request(
 def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# for the team\nsk-one\n\n  sk-two \n")
-    environment = {"MMRL_API_KEYS": "sk-three, sk-one"}
-    assert read_keys(file, environment) == ("sk-three", "sk-one", "sk-two")
-    assert read_keys(None, {}) == ()
+    assert read_keys(file, "sk-three, sk-one") == ("sk-three", "sk-one", "sk-two")
+    assert read_keys(None) == ()
     file.write_text("# none\n")
-    with pytest.raises(InputError, match="no API key"):
-        read_keys(file, {})
+    with pytest.raises(InputError, match="no key"):
+        read_keys(file)
     with pytest.raises(InputError, match="cannot read"):
-        read_keys(tmp_path / "missing", {})
+        read_keys(tmp_path / "missing")
     file.write_text("two words\n")
     with pytest.raises(InputError, match="blank"):
-        read_keys(file, {})
+        read_keys(file)
 
 
 def test_keys_open_what_asks_and_changes(folder: Path) -> None:
@@ -768,6 +767,33 @@ def test_keys_open_what_asks_and_changes(folder: Path) -> None:
         command = post(server.url, "/admin/revert", b"", authorization="bearer sk-one")
         assert command.status_code == 200
         assert engine.commands == [("revert", None)]
+
+
+@pytest.mark.parametrize("api_keys", [("sk-client",), ()])
+def test_operators_may_have_keys_of_their_own(folder: Path, api_keys: tuple[str, ...]) -> None:
+    """Then a client's key commands nothing, and an operator's asks no model."""
+    engine = make_engine(folder)
+    settings = ServerSettings(api_keys=api_keys, admin_keys=("sk-operator",))
+    with serving(engine, settings) as server:
+        statuses = {
+            (key, path): HTTP.request(
+                method, server.url + path, headers={"authorization": f"Bearer {key}"}
+            ).status_code
+            for key in ("sk-client", "sk-operator", "sk-other")
+            for method, path in (("GET", "/v1/models"), ("POST", "/admin/policy/lru"))
+        }
+        document = server.app.openapi()["paths"]
+    assert {key for (key, path), status in statuses.items() if status == 200 and "v1" in path} == (
+        {"sk-client"} if api_keys else {"sk-client", "sk-operator", "sk-other"}
+    )
+    commanded = [
+        key for (key, path), status in statuses.items() if status == 200 and "v1" not in path
+    ]
+    assert commanded == ["sk-operator"]
+    assert engine.commands == [("policy", "lru")]
+    assert ("security" in document["/v1/models"]["get"]) == bool(api_keys)
+    assert "security" in document["/admin/revert"]["post"]
+    assert "security" not in document["/admin/state"]["get"]
 
 
 # Operators.

@@ -13,7 +13,8 @@ from mmrl.deploy.server.schemas import ErrorBody
 from mmrl.deploy.server.streams import EventStream
 from mmrl.errors import InputError, MmrlError
 
-STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+# Without a schema: before OpenAPI 3.2, some read it as that of the stream, some of each event.
+STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 
 
 class ModelCommand(StrEnum):

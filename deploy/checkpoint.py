@@ -446,7 +446,12 @@ def _max_context(name: str, config: PretrainedConfig) -> int:
 
 
 def _eos(path: Path | None, config: PretrainedConfig) -> tuple[int, ...]:
-    """Return the end-of-sequence tokens: the generation configuration's, else the model's."""
+    """Return the end-of-sequence tokens: the generation configuration's, else the model's.
+
+    Raises:
+        InputError: The generation configuration cannot be read, or a token is not of this model,
+            which would stop a GPU where `min_tokens` forbids it.
+    """
     eos = config.eos_token_id
     if path is not None and (path / "generation_config.json").is_file():
         try:
@@ -458,4 +463,12 @@ def _eos(path: Path | None, config: PretrainedConfig) -> tuple[int, ...]:
             ) from error
     if eos is None:
         return ()
-    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    tokens = tuple(eos) if isinstance(eos, list) else (int(eos),)
+    for token in tokens:
+        if not 0 <= token < config.vocab_size:
+            raise InputError(
+                f"{path or config.model_type}: eos_token_id {token} is none of the model's "
+                f"{config.vocab_size} tokens",
+                "correct it in generation_config.json and config.json",
+            )
+    return tokens

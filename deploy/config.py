@@ -95,7 +95,9 @@ class ServerConfig(_Strict):
         host: Address to listen on.
         port: Port; 0 for any that is free.
         api_keys: File with one key per line; the environment's MMRL_API_KEYS (commas between
-            keys) counts too. Without any, everybody may do everything.
+            keys) counts too. Without any, everybody may ask.
+        admin_keys: The same for operators (MMRL_ADMIN_KEYS); without any, the API keys open
+            ``/admin`` too.
         max_request: Largest body of a request.
         drain_timeout: Seconds that running requests have to end after SIGTERM.
     """
@@ -103,6 +105,7 @@ class ServerConfig(_Strict):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_keys: Path | None = None
+    admin_keys: Path | None = None
     max_request: ByteSize = ByteSize(4 << 20)
     drain_timeout: Annotated[float, Field(ge=0)] = 30.0
 
@@ -158,6 +161,7 @@ def read_config(path: Path) -> ServeConfig:
     _place(data.get("node"), "policy", path.parent, or_name=True)
     _place(data.get("node"), "profiles", path.parent)
     _place(data.get("server"), "api_keys", path.parent)
+    _place(data.get("server"), "admin_keys", path.parent)
     return build_config(data, str(path))
 
 

@@ -485,6 +485,7 @@ def _info(
         name=model.name,
         path=str(checkpoint.path),
         max_context=min(context, model.max_context or context),
+        vocabulary=checkpoint.vocabulary,
         eos=checkpoint.eos,
         ttft_s=(costs.targets.batch_ttft_ns if costs.batch else costs.targets.ttft_ns) / 1e9,
         tpot_s=0.0 if costs.batch else costs.targets.tpot_ns / 1e9,

@@ -76,6 +76,7 @@ class ModelInfo:
         name: What clients call it.
         path: Local folder with its tokenizer.
         max_context: Most tokens of prompt and output together.
+        vocabulary: How many token ids it has rows for; its tokenizer may know more.
         eos: Its end-of-sequence tokens.
         ttft_s: Target of the first token.
         tpot_s: Target per further token; 0 for none.
@@ -86,6 +87,7 @@ class ModelInfo:
     name: str
     path: str
     max_context: int
+    vocabulary: int
     eos: tuple[int, ...]
     ttft_s: float
     tpot_s: float

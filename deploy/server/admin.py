@@ -13,7 +13,8 @@ from mmrl.deploy.server.schemas import ErrorBody
 from mmrl.deploy.server.streams import EventStream
 from mmrl.errors import InputError, MmrlError
 
-STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+# Without a schema: before OpenAPI 3.2, some read it as that of the stream, some of each event.
+STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 
 
 class ModelCommand(StrEnum):
@@ -87,11 +88,14 @@ def health_routes(engine: Engine) -> APIRouter:
     """Return ``/healthz`` (the front runs) and ``/readyz`` (requests are taken)."""
     router = APIRouter(tags=["health"])
 
+    # Load balancers ask with HEAD, too.
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Say that the server runs."""
         return {"status": "ok"}
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", responses={503: {}})
     async def readyz() -> Response:
         """Say whether requests are taken."""

@@ -1,6 +1,7 @@
 """`create_app`: the endpoints of a live node, over any engine."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -17,9 +18,11 @@ from mmrl.deploy.server import admin, errors, metrics, page, schemas
 from mmrl.deploy.server.auth import Keys
 from mmrl.deploy.server.completions import Completions
 from mmrl.deploy.server.live import Live
-from mmrl.deploy.server.middleware import OPEN, Gate
+from mmrl.deploy.server.middleware import ADMIN, OPEN, Gate
 from mmrl.deploy.server.settings import ServerSettings
 from mmrl.deploy.server.text import Texts
+
+log = logging.getLogger("mmrl.server")
 
 GENERATION_FAILURES = admin.failures(400, 401, 403, 404, 413, 429, 500, 503)
 WARM_S = 0.5
@@ -51,6 +54,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     keys = Keys(settings.api_keys)
+    admin_keys = Keys(settings.admin_keys or settings.api_keys)
     # The pages that FastAPI makes for its document would load scripts from another host.
     app = FastAPI(
         title="mmrl live node",
@@ -61,13 +65,19 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.live = live
-    app.add_middleware(Gate, keys=keys, max_bytes=settings.max_request_bytes)
+    app.add_middleware(
+        Gate,
+        keys=keys,
+        admin_keys=admin_keys,
+        max_bytes=settings.max_request_bytes,
+        host=settings.host,
+    )
     errors.install(app, completions.invalid)
     _add_models(app, completions)
-    _add_pages(app, counted, bool(keys))
+    _add_pages(app, counted, bool(admin_keys))
     app.include_router(admin.health_routes(engine))
     app.include_router(admin.routes(engine, live))
-    app.openapi = lambda: _document(app, bool(keys))  # type: ignore[method-assign]
+    app.openapi = lambda: _document(app, keys, admin_keys)  # type: ignore[method-assign]
     return app
 
 
@@ -86,7 +96,15 @@ async def _warm(engine: Engine, texts: Texts) -> None:
         await asyncio.sleep(WARM_S)
     for info in engine.models.values():
         with suppress(Exception):  # told to whoever asks for this model
-            await texts.get(info.path)
+            text = await texts.get(info.path)
+            if text.vocabulary > info.vocabulary:
+                log.warning(
+                    "%s: its tokenizer writes tokens up to %d, the model has %d: prompts with "
+                    "one that it lacks are refused",
+                    info.name,
+                    text.vocabulary - 1,
+                    info.vocabulary,
+                )
 
 
 def _add_models(app: FastAPI, completions: Completions) -> None:
@@ -115,12 +133,14 @@ def _add_models(app: FastAPI, completions: Completions) -> None:
         """Continue a text; with ``stream``, as server-sent events."""
         return await completions.text(request, body)
 
-    @app.get("/v1/models", tags=["models"], responses=admin.failures(401, 503))
+    @app.get("/v1/models", tags=["models"], responses=admin.failures(401, 403, 503))
     async def models() -> schemas.ModelList:
         """List the fleet."""
         return schemas.ModelList(data=[card(info) for info in completions.models().values()])
 
-    @app.get("/v1/models/{model:path}", tags=["models"], responses=admin.failures(401, 404, 503))
+    @app.get(
+        "/v1/models/{model:path}", tags=["models"], responses=admin.failures(401, 403, 404, 503)
+    )
     async def model(model: str) -> schemas.ModelCard:
         """Show one model."""
         return card(completions.model(model))
@@ -145,7 +165,7 @@ def _add_pages(app: FastAPI, counted: metrics.Metrics, keyed: bool) -> None:
         return Response(counted.page(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
-def _document(app: FastAPI, keyed: bool) -> dict[str, Any]:
+def _document(app: FastAPI, keys: Keys, admin_keys: Keys) -> dict[str, Any]:
     """Return the OpenAPI document: what FastAPI writes, as this server answers."""
     if app.openapi_schema is None:
         document = get_openapi(
@@ -154,10 +174,11 @@ def _document(app: FastAPI, keyed: bool) -> dict[str, Any]:
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)  # here it is a 400, in OpenAI's shape
-                if keyed and path not in OPEN:
+                asked = admin_keys if path.startswith(ADMIN) else keys
+                if asked and path not in OPEN:
                     operation["security"] = [{"key": []}]
         schemes = {"key": {"type": "http", "scheme": "bearer"}}
-        if keyed:
+        if keys or admin_keys:
             document["components"]["securitySchemes"] = schemes
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)

@@ -3,45 +3,43 @@
 import hashlib
 import hmac
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmrl.deploy.server.errors import ApiError
 from mmrl.errors import InputError
 
-VARIABLE = "MMRL_API_KEYS"
 
-
-def read_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the keys of a file and of the variable ``MMRL_API_KEYS``.
+def read_keys(file: Path | None, listed: str = "") -> tuple[str, ...]:
+    """Return the keys of a file and those listed beside it.
 
     Args:
         file: One key a line; empty lines and lines that start with ``#`` count for nothing.
-        environment: The variable separates keys by commas or blanks.
+        listed: Keys separated by commas or blanks, as in a variable of the environment.
 
     Raises:
         InputError: The file cannot be read or holds no key, or a key cannot travel in a header.
     """
-    keys = [key for key in re.split(r"[,\s]+", environment.get(VARIABLE, "")) if key]
+    keys = [key for key in re.split(r"[,\s]+", listed) if key]
     if file is not None:
         try:
             lines = file.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"cannot read the API keys in {file}", "give a text file with one key a line"
+                f"cannot read the keys in {file}", "give a text file with one key a line"
             ) from error
         found = [line.strip() for line in lines]
         found = [line for line in found if line and not line.startswith("#")]
         if not found:
-            raise InputError(f"{file} holds no API key", "write one key a line")
+            raise InputError(f"{file} holds no key", "write one key a line")
         keys += found
     if any(not re.fullmatch(r"[!-~]+", key) for key in keys):
-        raise InputError("an API key holds a blank or a special character", "use plain ASCII")
+        raise InputError("a key holds a blank or a special character", "use plain ASCII")
     return tuple(dict.fromkeys(keys))
 
 
 class Keys:
-    """The keys that open this server; without any, it is open."""
+    """Keys that open a part of this server; without any, it is open."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [_digest(key) for key in keys]

@@ -27,8 +27,14 @@ from mmrl.deploy.server.errors import ApiError, from_engine, internal
 from mmrl.deploy.server.forms import ChatForm, Form, TextForm
 from mmrl.deploy.server.records import Record, Watcher
 from mmrl.deploy.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
-from mmrl.deploy.server.streams import DONE, EventStream, event, while_connected
-from mmrl.deploy.server.text import ModelText, Texts, TextStream, off_loop
+from mmrl.deploy.server.streams import DONE, WAIT, EventStream, event, while_connected
+from mmrl.deploy.server.text import (
+    MESSAGE_CHARACTERS,
+    ModelText,
+    Texts,
+    TextStream,
+    off_loop,
+)
 from mmrl.errors import InputError, unknown
 
 log = logging.getLogger("mmrl.server")
@@ -36,6 +42,9 @@ log = logging.getLogger("mmrl.server")
 # The status of a stream is decided when its first token is there, or after this time: an error of
 # the engine that comes sooner has its own status, a later one is told in the stream.
 BEGIN_S = 0.5
+# A stream with nothing to tell says so this often: proxies cut what is silent for a minute or so,
+# and a request that waits for its model, or is suspended for another one, may be silent for longer.
+SILENCE_S = 10.0
 DEFAULT_TEXT_TOKENS = 16  # OpenAI's default of max_tokens for continued texts
 
 
@@ -80,7 +89,7 @@ class Completions:
         """Answer a conversation."""
         async with self._accepted(request, body) as (record, text):
             messages = [message.for_template for message in body.messages]
-            size = sum(len(message["content"]) for message in messages)
+            size = sum(MESSAGE_CHARACTERS + len(message["content"]) for message in messages)
             try:
                 prompt = await off_loop(size, text.chat, messages)
             except InputError as error:
@@ -98,13 +107,6 @@ class Completions:
                 prompt = await off_loop(len(given), text.encode, given)
             else:
                 prompt = given
-                if max(prompt) >= text.vocabulary:
-                    raise ApiError(
-                        400,
-                        f"'prompt': {body.model} has tokens 0 to {text.vocabulary - 1}.",
-                        param="prompt",
-                        code="invalid_value",
-                    )
             echo = ""
             if body.echo:
                 echo = given if isinstance(given, str) else text.decode(prompt)
@@ -167,10 +169,12 @@ class Completions:
             )
         info = job.record.info
         job.record.prompt_tokens = len(job.prompt)
+        most = _most_tokens(info, job, limit, body.min_tokens or 0)
+        _check_vocabulary(info, job)
         generate = Generate(
             model=info.name,
             prompt=tuple(job.prompt),
-            max_tokens=_most_tokens(info, job, limit, body.min_tokens or 0),
+            max_tokens=most,
             min_tokens=body.min_tokens or 0,
             ignore_eos=bool(body.ignore_eos),
             sampling=body.sampling,
@@ -225,6 +229,26 @@ def _most_tokens(info: ModelInfo, job: Job, limit: int | None, min_tokens: int) 
             code="invalid_value",
         )
     return most
+
+
+def _check_vocabulary(info: ModelInfo, job: Job) -> None:
+    """Let no token reach the engine that the model has no embedding for.
+
+    A GPU stops at one for good. Not only tokens that a client sends are in question: some
+    tokenizers write tokens that their model lacks, as Gemma 3 1B's does for images.
+
+    Raises:
+        ApiError: There is one.
+    """
+    largest = max(job.prompt)
+    if largest >= info.vocabulary:
+        raise ApiError(
+            400,
+            f"'{job.form.prompt}': {info.name} has tokens 0 to {info.vocabulary - 1}, and no "
+            f"token {largest}.",
+            param=job.form.prompt,
+            code="invalid_value",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +331,15 @@ class Run:
             yield event(chunk)
         if first is not None:
             yield event(self._form.piece(first.text, first.tokens))
-        while (item := await self._queue.get()) is not None:
+        while True:
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    item = await self._queue.get()
+            except TimeoutError:
+                yield WAIT
+                continue
+            if item is None:
+                break
             if isinstance(item, Exception):
                 yield event(from_engine(item).body) + DONE
                 return

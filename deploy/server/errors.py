@@ -116,6 +116,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "json_invalid":
         where = f" at character {loc[-1]}" if isinstance(loc[-1], int) else ""
         return ApiError(400, f"The body is not valid JSON{where}.", code="invalid_json")
+    if len(loc) < 2 and first["type"] == "value_error":  # of the body as a whole
+        return ApiError(400, f"The body: {_plain(first['msg'])}.", code="invalid_value")
     if len(loc) < 2:
         return ApiError(
             400, "The body must be a JSON object, sent as application/json.", code="invalid_json"

@@ -1,9 +1,10 @@
-"""The gate that every request passes: its id, keys, the size of its body, its line in the log.
+"""The gate that every request passes: its id, host, keys, size, and its line in the log.
 
 Plain ASGI: starlette's function middleware hides from a handler that its client has gone.
 """
 
 import asyncio
+import ipaddress
 import logging
 import re
 import secrets
@@ -22,10 +23,12 @@ from mmrl.deploy.server.streams import ClientGone
 log = logging.getLogger("mmrl.server")
 
 # What may be read without a key: nothing here tells what anybody asked a model.
+ADMIN = "/admin/"  # below it, operators' keys count
 OPEN = frozenset(
     {"/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/admin/state", "/admin/events"}
 )
 QUIET = frozenset({"/healthz", "/readyz", "/metrics", "/admin/state", "/admin/events"})
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 CLIENT_GONE = 499
 DISCARD = 8  # times the limit: so much of a body that is too large is read, to be answered at all
 DISCARD_S = 5.0
@@ -39,13 +42,22 @@ class Gate:
     Args:
         app: What is behind.
         keys: API keys.
+        admin_keys: Operators' keys.
         max_bytes: Largest body.
+        host: Address that the server listens on.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, max_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, admin_keys: Keys, max_bytes: int, host: str
+    ) -> None:
         self._app = app
         self._keys = keys
+        self._admin_keys = admin_keys
         self._max_bytes = max_bytes
+        # A page may let its own name point here (DNS rebinding): to a browser, this server is then
+        # a part of that site. Keys keep such pages out; without any, only known names are let in.
+        own = f"[{host}]" if ":" in host else host.lower()
+        self._names = LOOPBACK | {own} if not keys and _is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it."""
@@ -89,9 +101,17 @@ class Gate:
             log.log(level, "request", extra={"fields": fields})
 
     async def _admit(self, scope: Scope, headers: Headers, receive: Receive) -> None:
+        if self._names is not None and _host(headers) not in self._names:
+            raise ApiError(
+                403,
+                "This server answers only as localhost, because it has no API keys: ask for it "
+                "by that name, or let its operator set keys.",
+                code="host",
+            )
         reads = scope["method"] in ("GET", "HEAD")
         if not (reads and scope["path"] in OPEN):
-            self._keys.check(headers.get("authorization"))
+            keys = self._admin_keys if scope["path"].startswith(ADMIN) else self._keys
+            keys.check(headers.get("authorization"))
         if not reads and _from_another_site(headers):
             raise ApiError(403, "Requests of pages from other sites are refused.", code="origin")
         length = headers.get("content-length", "")
@@ -135,6 +155,18 @@ class Gate:
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
     return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else secrets.token_hex(12)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _host(headers: Headers) -> str:
+    """Return the name that a client calls this server by, without its port."""
+    return re.sub(r":\d*$", "", headers.get("host", "")).lower()
 
 
 def _from_another_site(headers: Headers) -> bool:

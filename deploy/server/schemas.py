@@ -3,21 +3,42 @@
 A request that asks for something this server does not do is refused with the name of the
 parameter: unknown fields are forbidden, and a known one that is not supported takes only the
 values that ask for nothing. The OpenAPI document says the same.
+
+Bodies are checked on the event loop, and pydantic notes every error that it finds, of which a
+client is told the first: what may be long stops at its first error, else a few megabytes of wrong
+elements would hold up every other client for seconds.
 """
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from mmrl.deploy.protocol import Sampling
 
 SEED = 2**63
+MOST_FIELDS = 100  # of an object; more than twice what is known
 
 
 class Request(BaseModel):
     """A body: JSON types are meant as they are, and nothing is ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+            raise ValueError(f"there are more than {MOST_FIELDS} parameters")
+        return value
 
 
 # What cannot be asked for, by the values that ask for nothing.
@@ -51,6 +72,7 @@ On = Annotated[
 
 Stop = Annotated[str, Field(min_length=1)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
 
 class StreamOptions(Request):
@@ -133,20 +155,31 @@ class Message(Request):
     """A message of a conversation; the fields that only come back from a server may be null."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: Nothing = None
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+        description="Null for an assistant that said nothing."
+    )
+    name: str | None = Field(None, description="Accepted, not used.")
     refusal: Nothing = None
     audio: Nothing = None
     annotations: NoneOf | None = None
     function_call: Nothing = None
     tool_calls: NoneOf | None = None
 
+    @field_validator("content")
+    @classmethod
+    def _said(
+        cls, value: str | list[TextPart] | None, info: ValidationInfo
+    ) -> str | list[TextPart] | None:
+        if value is None and info.data.get("role", "assistant") != "assistant":
+            raise ValueError("only an assistant's content may be null")
+        return value
+
     @property
     def text(self) -> str:
         """Return the whole content."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
 
     @property
     def for_template(self) -> dict[str, str]:
@@ -173,12 +206,16 @@ class NotSupportedInChat(NotSupported):
     reasoning_effort: Nothing = None
     web_search_options: Nothing = None
     service_tier: Literal["auto", "default"] | None = None
+    metadata: EmptyObject | None = None
+    prompt_cache_key: Nothing = None
+    safety_identifier: Nothing = None
+    verbosity: Nothing = None
 
 
 class ChatRequest(GenerationRequest, NotSupportedInChat):
     """Body of ``/v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, description="Goes before max_tokens.")
 
 
@@ -196,8 +233,9 @@ class CompletionRequest(GenerationRequest, NotSupportedInText):
     prompt: (
         Annotated[str, Field(min_length=1)]
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1)]
-        | Annotated[list[Token], Field(min_length=1)]
-    ) = Field(description="A text, a list of one text, or tokens.")
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=1)]
+    ) = Field(description="A text, tokens, or a list of one of these.")
     echo: bool | None = Field(None, description="Give the prompt back before the text.")
 
     @property
@@ -205,9 +243,8 @@ class CompletionRequest(GenerationRequest, NotSupportedInText):
         """Return the prompt as one text or as tokens."""
         if isinstance(self.prompt, str):
             return self.prompt
-        if isinstance(self.prompt[0], str):
-            return self.prompt[0]
-        return self.prompt
+        first = self.prompt[0]
+        return cast("list[int]", self.prompt) if isinstance(first, int) else first
 
 
 UNSUPPORTED = frozenset({*NotSupportedInChat.model_fields, *NotSupportedInText.model_fields})

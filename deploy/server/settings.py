@@ -8,10 +8,14 @@ class ServerSettings:
     """Settings of the front.
 
     Attributes:
-        api_keys: Keys that clients and operators must show; without any, everybody may do
-            everything.
+        api_keys: Keys that clients must show; without any, everybody may ask.
+        admin_keys: Keys that operators must show for what is below ``/admin``; without any, the
+            API keys serve there too.
         max_request_bytes: Largest body of a request.
+        host: The address that the server listens on.
     """
 
     api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
     max_request_bytes: int = 4 << 20
+    host: str = "127.0.0.1"

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 Result = TypeVar("Result")
 
 DONE = b"data: [DONE]\n\n"
+WAIT = b": wait\n\n"  # a comment, which clients skip: the answer is still to come
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for each token
 

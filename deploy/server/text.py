@@ -17,6 +17,7 @@ from mmrl.errors import InputError
 Result = TypeVar("Result")
 
 INLINE_CHARACTERS = 4096  # longer texts are tokenised in a thread (a megabyte takes a second)
+MESSAGE_CHARACTERS = 20  # a chat template takes as long for a message as this many of its text
 CONTEXT_TOKENS = 5  # of the prompt: whether a first word gets a blank depends on what precedes it
 SPAN_TOKENS = 3  # an incomplete UTF-8 character has at most three bytes, so as many tokens
 REPLACEMENT = "\ufffd"  # decoders write it for bytes that are no character
@@ -28,6 +29,9 @@ class ModelText:
     Args:
         tokenizer: A transformers tokeniser with a ``tokenizers`` backend.
         name: Named in errors.
+
+    Attributes:
+        vocabulary: All tokens are below it; the model may have fewer.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
@@ -37,7 +41,9 @@ class ModelText:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.vocabulary: int = self._backend.get_vocab_size(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder()  # not always next to the others
+        known = self._backend.get_vocab_size(with_added_tokens=True)
+        self.vocabulary: int = max(known, 1 + max(added, default=-1))
 
     @classmethod
     def open(cls, path: str | Path) -> "ModelText":
@@ -65,7 +71,9 @@ class ModelText:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the tokens of a text, with those that open a text if ``special``."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
+        # Of a batch: encode() would keep the event loop waiting, also from another thread.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=special)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -113,7 +121,11 @@ class Texts:
 
 
 async def off_loop(size: int, function: Callable[..., Result], *args: object) -> Result:
-    """Call a function of a text of ``size`` characters; in a thread, if that takes long."""
+    """Call a function of a text of ``size`` characters; in a thread, if that takes long.
+
+    The loop goes on meanwhile as far as the function lets other threads run: `ModelText.encode`
+    does all the time, Python code now and then.
+    """
     if size <= INLINE_CHARACTERS:
         return function(*args)
     return await asyncio.to_thread(function, *args)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Signals = asyncio.Queue[None]
 
 KEYS_VARIABLE = "MMRL_API_KEYS"
+ADMIN_KEYS_VARIABLE = "MMRL_ADMIN_KEYS"
 
 
 def command(
@@ -126,7 +127,12 @@ async def _serve(config: "ServeConfig") -> None:
     from mmrl.deploy.process import EngineClient
     from mmrl.deploy.server import ServerSettings, create_app, read_keys
 
-    keys = read_keys(config.server.api_keys, os.environ)
+    settings = ServerSettings(
+        api_keys=read_keys(config.server.api_keys, os.environ.get(KEYS_VARIABLE, "")),
+        admin_keys=read_keys(config.server.admin_keys, os.environ.get(ADMIN_KEYS_VARIABLE, "")),
+        max_request_bytes=int(config.server.max_request),
+        host=config.server.host,
+    )
     _check_address(config.server)
     configure_logs()
     signals: Signals = asyncio.Queue()
@@ -142,7 +148,7 @@ async def _serve(config: "ServeConfig") -> None:
         if started:
             for note in engine.notes:
                 console.print(note)
-            app = create_app(engine, ServerSettings(keys, int(config.server.max_request)))
+            app = create_app(engine, settings)
             await _answer(config.server, engine, app, signals, console)
     finally:
         await engine.stop()

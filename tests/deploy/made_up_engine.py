@@ -149,6 +149,7 @@ def make_engine(folder: Path, names: tuple[str, ...] = ("alpha", "beta")) -> Mad
             name=name,
             path=str(folder),
             max_context=128,
+            vocabulary=300,
             eos=(1,),
             ttft_s=(2.0, 1.0, 5.0, 0.5, 3.0, 1.0)[i % 6],
             tpot_s=(0.1, 0.05, 0.0, 0.05, 0.1, 0.08)[i % 6],

@@ -301,6 +301,13 @@ def test_end_tokens_are_those_of_generation(llama: Path) -> None:
     assert Checkpoint.open(llama).eos == ()
 
 
+@pytest.mark.parametrize("token", [-1, 2048])
+def test_an_end_token_that_is_none_of_the_model_is_refused(llama: Path, token: int) -> None:
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, token]}))
+    with pytest.raises(InputError, match=rf"eos_token_id {token} is none of the model's 2048"):
+        Checkpoint.open(llama)
+
+
 def test_a_missing_tokenizer_is_reported(llama: Path) -> None:
     (llama / "tokenizer.json").unlink()
     assert not Checkpoint.open(llama).has_tokenizer

@@ -18,7 +18,7 @@ from mmrl.deploy.protocol import Draining, EngineDown, Finish, Generate, ModelIn
 from mmrl.errors import InputError, MmrlError
 from tests.deploy.made_up_engine import made_up_state
 
-INFO = ModelInfo("a", "a", 100, (1,), 2.0, 0.1, 1000, "derived")
+INFO = ModelInfo("a", "a", 100, 50, (1,), 2.0, 0.1, 1000, "derived")
 LAST, ENDLESS, DEADLY = 5, 6, 7  # prompts: one token is the answer; none ever comes; the end of it
 Scene = Callable[[EngineClient], Awaitable[None]]
 

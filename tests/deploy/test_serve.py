@@ -370,6 +370,7 @@ def test_wrong_fields_of_a_config_are_named(tmp_path: Path) -> None:
 
 def test_files_of_a_config_are_looked_for_beside_it(tmp_path: Path) -> None:
     config = tmp_path / "node.toml"
-    config.write_text('[[models]]\npath = "a"\n[server]\napi_keys = "keys.txt"')
-    code, output = run(str(config))
-    assert code == 2 and f"cannot read the API keys in {tmp_path / 'keys.txt'} (" in output
+    for field in ("api_keys", "admin_keys"):
+        config.write_text(f'[[models]]\npath = "a"\n[server]\n{field} = "keys.txt"')
+        code, output = run(str(config))
+        assert code == 2 and f"cannot read the keys in {tmp_path / 'keys.txt'} (" in output

@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from pydantic import ValidationError
 
 from mmrl.deploy.logs import JsonFormatter
 from mmrl.deploy.protocol import (
@@ -26,6 +27,9 @@ from mmrl.deploy.protocol import (
     Unavailable,
 )
 from mmrl.deploy.server import ServerSettings, create_app, read_keys
+from mmrl.deploy.server.errors import from_validation
+from mmrl.deploy.server.schemas import ChatRequest, CompletionRequest
+from mmrl.deploy.streams import Client, Outcome, Stream
 from mmrl.errors import InputError
 from tests.deploy.made_up_engine import (
     MadeUpEngine,
@@ -161,7 +165,7 @@ def test_completions_take_text_a_list_and_tokens(
     client: openai.OpenAI, engine: MadeUpEngine
 ) -> None:
     tokens = engine.encode("one two")
-    for prompt in ("one two", ["one two"], tokens):
+    for prompt in ("one two", ["one two"], tokens, [tokens]):
         answer = client.completions.create(model="beta", prompt=prompt, max_tokens=3)
         assert answer.choices[0].finish_reason == "length"
         assert answer.usage is not None and answer.usage.completion_tokens == 3
@@ -184,7 +188,8 @@ def test_everything_reaches_the_engine(url: str, engine: MadeUpEngine) -> None:
                 "content": [{"type": "text", "text": "he"}, {"type": "text", "text": "y"}],
             },
             {"role": "assistant", "content": "yes?", "refusal": None, "tool_calls": None},
-            {"role": "user", "content": "go on"},
+            {"role": "assistant", "content": None},
+            {"role": "user", "content": "go on", "name": "Ann"},
         ],
         "max_tokens": 50,
         "max_completion_tokens": 7,
@@ -202,11 +207,13 @@ def test_everything_reaches_the_engine(url: str, engine: MadeUpEngine) -> None:
         "logprobs": False,
         "tools": [],
         "response_format": {"type": "text"},
+        **dict.fromkeys(("metadata", "prompt_cache_key", "safety_identifier", "verbosity")),
     }
     assert post(url, "/v1/chat/completions", body).status_code == 200
     written = (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhey<|im_end|>\n"
-        "<|im_start|>assistant\nyes?<|im_end|>\n<|im_start|>user\ngo on<|im_end|>\n"
+        "<|im_start|>assistant\nyes?<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+        "<|im_start|>user\ngo on<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     assert engine.seen == [
@@ -262,6 +269,48 @@ def test_the_asynchronous_client(url: str, engine: MadeUpEngine) -> None:
     assert asyncio.run(talk()) == [engine.reply] * 4
 
 
+@pytest.mark.parametrize("stage", ["queue", "decode"])
+def test_a_stream_that_waits_says_so(
+    client: openai.OpenAI,
+    url: str,
+    engine: MadeUpEngine,
+    stage: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else proxies take it for dead. It is a comment, which clients skip."""
+    monkeypatch.setattr("mmrl.deploy.server.completions.SILENCE_S", 0.05)
+    engine.hold = stage
+    waits = 0
+    lines = []
+    with HTTP.stream("POST", f"{url}/v1/completions", json={**TEXT, "stream": True}) as stream:
+        for line in stream.iter_lines():
+            lines.append(line)
+            waits += line == ": wait"
+            if waits == 3:
+                engine.hold = ""
+    assert waits >= 3 and lines[-2] == "data: [DONE]"
+
+    engine.hold = stage
+    chunks = client.chat.completions.create(model="alpha", messages=HELLO, stream=True)  # type: ignore[call-overload]
+    threading.Timer(0.2, setattr, (engine, "hold", "")).start()
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == engine.reply
+
+    async def replayed() -> Stream:
+        followed = Stream()
+        sender = Client(url)
+        try:
+            body = {**TEXT, "stream": True, "stream_options": {"continuous_usage_stats": True}}
+            await sender.complete(json.dumps(body).encode(), followed)
+        finally:
+            sender.close()
+        return followed
+
+    engine.hold = stage
+    threading.Timer(0.2, setattr, (engine, "hold", "")).start()
+    followed = asyncio.run(replayed())
+    assert (followed.outcome, followed.tokens, len(followed.times_ns)) == (Outcome.DONE, 16, 16)
+
+
 # What is wrong is said, with the parameter.
 
 CHAT = {"model": "alpha", "messages": HELLO}
@@ -288,6 +337,8 @@ TEXT = {"model": "alpha", "prompt": "x"}
                 "audio": {"voice": "x"},
                 "modalities": ["text", "audio"],
                 "store": True,
+                "metadata": {"a": "b"},
+                "verbosity": "high",
                 "best_of": 1,
                 "guided_json": {},
             }.items()
@@ -312,6 +363,15 @@ TEXT = {"model": "alpha", "prompt": "x"}
         ({**CHAT, "messages": []}, "messages", "invalid_value"),
         ({**CHAT, "messages": [{"content": "x"}]}, "messages[0].role", "missing_parameter"),
         ({**CHAT, "messages": [{**HELLO[0], "role": "tool"}]}, "messages[0].role", "invalid_value"),
+        (
+            {**CHAT, "messages": [{**HELLO[0], "content": None}]},
+            "messages[0].content",
+            "invalid_value",
+        ),
+        ({**CHAT, "messages": [{"role": "assistant"}]}, "messages[0].content", "missing_parameter"),
+        ({**TEXT, "prompt": [[1], [2]]}, "prompt", "invalid_value"),
+        ({**TEXT, "prompt": [[]]}, "prompt", "invalid_value"),
+        ({**TEXT, "prompt": [[300]]}, "prompt", "invalid_value"),
         (
             {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content",
@@ -365,6 +425,101 @@ def test_wrong_parameters_are_named(
     assert str(param).split("[")[0] in error["message"] or code == "invalid_messages"
     assert "validation" not in error["message"] and "None" not in error["message"]
     assert engine.seen == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "aside"), [(HELLO, False), ([{"role": "user", "content": ""}] * 300, True)]
+)
+def test_long_conversations_are_written_aside(
+    url: str,
+    engine: MadeUpEngine,
+    messages: list[dict[str, str]],
+    aside: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also one of many messages that say nothing: others are answered meanwhile."""
+    on_loop = []
+
+    def chat(*given: object) -> list[int]:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            on_loop.append(False)
+        else:
+            on_loop.append(True)
+        return [1]
+
+    monkeypatch.setattr("mmrl.deploy.server.text.ModelText.chat", chat)
+    response = post(url, "/v1/chat/completions", {"model": "alpha", "messages": messages})
+    assert response.status_code == 200
+    assert on_loop == [not aside]
+
+
+MANY = {str(i): 1 for i in range(101)}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({**CHAT, "messages": [{}] * 3}, "messages[0].role"),
+        ({**CHAT, "messages": [{**HELLO[0], "content": [{}] * 3}]}, "messages[0].content"),
+        ({**TEXT, "prompt": [-1] * 3}, "prompt"),
+        ({**TEXT, "prompt": [{}] * 3}, "prompt"),
+        ({**TEXT, "prompt": [[-1] * 3]}, "prompt"),
+        ({**CHAT, **MANY}, None),
+        ({**CHAT, "messages": [{**HELLO[0], **MANY}]}, "messages[0]"),
+        ({**CHAT, "stream": True, "stream_options": MANY}, "stream_options"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else str(value),
+)
+def test_the_first_error_is_enough(body: dict[str, Any], param: str | None) -> None:
+    """Else a large body that is wrong all over would hold up everybody while it is checked."""
+    schema = CompletionRequest if "prompt" in body else ChatRequest
+    with pytest.raises(ValidationError) as raised:
+        schema.model_validate(body)
+    errors = [{**error, "loc": ("body", *error["loc"])} for error in raised.value.errors()]
+    assert len(errors) <= 4  # one for each member of a union, or for each field of an element
+    answer = from_validation(errors)
+    assert (answer.status, answer.param) == (400, param)
+    assert param is not None or "more than 100 parameters" in answer.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_token_beyond_the_model_reaches_the_engine(folder: Path, stream: bool) -> None:
+    """Not even one that its own tokenizer writes: a GPU stops at it."""
+    engine = make_engine(folder)
+    tokens = engine.encode("the fox")
+    messages = [{"role": "user", "content": "the fox"}]
+    with serving(engine) as server:
+        for more, status in ((0, 400), (1, 200)):
+            vocabulary = max(tokens) + more
+            engine.infos = {"alpha": replace(engine.infos["alpha"], vocabulary=vocabulary)}
+            for name, prompt in (
+                ("prompt", "the fox"),
+                ("prompt", ["the fox"]),
+                ("prompt", tokens),
+                ("messages", messages),
+            ):
+                path = "/v1/completions" if name == "prompt" else "/v1/chat/completions"
+                body = {"model": "alpha", name: prompt, "stream": stream}
+                response = post(server.url, path, body)
+                assert response.status_code == status
+                if status == 400:
+                    error = error_of(response)
+                    assert (error["param"], error["code"]) == (name, "invalid_value")
+                    assert str(max(tokens)) in error["message"]
+                    assert engine.seen == []
+
+
+def test_a_tokenizer_with_more_tokens_than_its_model_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(folder)
+    engine.infos["beta"] = replace(engine.infos["beta"], vocabulary=299)
+    with serving(engine):
+        until(lambda: "the model has 299" in caplog.text)
+    assert "beta: its tokenizer writes tokens up to 299" in caplog.text
+    assert "alpha" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -526,6 +681,9 @@ def test_while_the_engine_is_not_ready(url: str, engine: MadeUpEngine) -> None:
     assert sample(url, "mmrl_draining") == 1
     engine.picture = engine.still
     assert HTTP.get(f"{url}/readyz").json() == {"status": "ready"}
+    for path in ("/healthz", "/readyz"):
+        head = HTTP.head(url + path)
+        assert (head.status_code, head.text) == (200, "")
     assert sample(url, "mmrl_ready") == 1
 
 
@@ -565,17 +723,16 @@ def test_a_client_that_goes_cancels_its_request(
 def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# for the team\nsk-one\n\n  sk-two \n")
-    environment = {"MMRL_API_KEYS": "sk-three, sk-one"}
-    assert read_keys(file, environment) == ("sk-three", "sk-one", "sk-two")
-    assert read_keys(None, {}) == ()
+    assert read_keys(file, "sk-three, sk-one") == ("sk-three", "sk-one", "sk-two")
+    assert read_keys(None) == ()
     file.write_text("# none\n")
-    with pytest.raises(InputError, match="no API key"):
-        read_keys(file, {})
+    with pytest.raises(InputError, match="no key"):
+        read_keys(file)
     with pytest.raises(InputError, match="cannot read"):
-        read_keys(tmp_path / "missing", {})
+        read_keys(tmp_path / "missing")
     file.write_text("two words\n")
     with pytest.raises(InputError, match="blank"):
-        read_keys(file, {})
+        read_keys(file)
 
 
 def test_keys_open_what_asks_and_changes(folder: Path) -> None:
@@ -612,6 +769,33 @@ def test_keys_open_what_asks_and_changes(folder: Path) -> None:
         assert engine.commands == [("revert", None)]
 
 
+@pytest.mark.parametrize("api_keys", [("sk-client",), ()])
+def test_operators_may_have_keys_of_their_own(folder: Path, api_keys: tuple[str, ...]) -> None:
+    """Then a client's key commands nothing, and an operator's asks no model."""
+    engine = make_engine(folder)
+    settings = ServerSettings(api_keys=api_keys, admin_keys=("sk-operator",))
+    with serving(engine, settings) as server:
+        statuses = {
+            (key, path): HTTP.request(
+                method, server.url + path, headers={"authorization": f"Bearer {key}"}
+            ).status_code
+            for key in ("sk-client", "sk-operator", "sk-other")
+            for method, path in (("GET", "/v1/models"), ("POST", "/admin/policy/lru"))
+        }
+        document = server.app.openapi()["paths"]
+    assert {key for (key, path), status in statuses.items() if status == 200 and "v1" in path} == (
+        {"sk-client"} if api_keys else {"sk-client", "sk-operator", "sk-other"}
+    )
+    commanded = [
+        key for (key, path), status in statuses.items() if status == 200 and "v1" not in path
+    ]
+    assert commanded == ["sk-operator"]
+    assert engine.commands == [("policy", "lru")]
+    assert ("security" in document["/v1/models"]["get"]) == bool(api_keys)
+    assert "security" in document["/admin/revert"]["post"]
+    assert "security" not in document["/admin/state"]["get"]
+
+
 # Operators.
 
 
@@ -639,6 +823,41 @@ def test_pages_of_other_sites_command_nothing(url: str, engine: MadeUpEngine) ->
     assert engine.commands == []
     for headers in ({"origin": url}, {"sec-fetch-site": "same-origin"}):
         assert HTTP.post(f"{url}/admin/revert", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "status"),
+    [
+        *((ServerSettings(), host, 200) for host in ("localhost", "LOCALHOST:80", "127.0.0.1:1")),
+        *((ServerSettings(), host, 200) for host in ("[::1]", "[::1]:8000")),
+        *((ServerSettings(), host, 403) for host in ("evil.example", "evil.example:8000", "")),
+        *((ServerSettings(), host, 403) for host in ("localhost.evil.example", "[localhost", "10")),
+        (ServerSettings(host="127.0.0.2"), "127.0.0.2:8000", 200),
+        (ServerSettings(host="localhost"), "evil.example", 403),
+        (ServerSettings(host="0.0.0.0"), "gpu.lan:8000", 200),
+        (ServerSettings(api_keys=("sk",)), "gpu.lan", 200),
+    ],
+    ids=str,
+)
+def test_names_of_other_sites_do_not_lead_to_an_open_node(
+    folder: Path, settings: ServerSettings, host: str, status: int
+) -> None:
+    """A page whose name points here (DNS rebinding) is of the same origin to its browser."""
+    engine = make_engine(folder)
+    with serving(engine, settings) as server:
+        headers = {
+            "host": host,
+            "origin": f"http://{host}",
+            "sec-fetch-site": "same-origin",
+            "authorization": "Bearer sk",
+        }
+        for method, path in (("POST", "/admin/revert"), ("GET", "/v1/models")):
+            response = HTTP.request(method, server.url + path, headers=headers)
+            assert response.status_code == status
+            if status == 403:
+                error = error_of(response)
+                assert error["code"] == "host" and "localhost" in error["message"]
+    assert bool(engine.commands) == (status == 200)
 
 
 def test_the_state_and_its_stream(url: str, engine: MadeUpEngine) -> None:

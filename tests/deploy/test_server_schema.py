@@ -81,3 +81,15 @@ def test_answers_are_as_documented(
         assert all(200 in seen for seen in generation) and engine.seen
     else:
         assert all(seen and max(seen) < 500 and 200 not in seen for seen in generation)
+
+
+@pytest.mark.parametrize("kind", ["chat/", ""])
+def test_streams_are_as_documented(served: tuple[Server, MadeUpEngine], kind: str) -> None:
+    document = schemathesis.openapi.from_url(f"{served[0].url}/openapi.json")
+    operation = document[f"/v1/{kind}completions"]["POST"]
+    prompt = {"messages": [{"role": "user", "content": "x"}]} if kind else {"prompt": "x"}
+    body = {"model": "alpha", "stream": True, **prompt}
+    case = operation.Case(body=body, media_type="application/json")
+    answer = case.call_and_validate(checks=CHECKS)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"][0].startswith("text/event-stream")

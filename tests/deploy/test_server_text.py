@@ -1,4 +1,5 @@
 import random
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -145,6 +146,16 @@ def test_a_model_without_a_template_cannot_chat(tmp_path: Path) -> None:
     text = ModelText.open(make_tokenizer(tmp_path, chat=False))
     with pytest.raises(InputError, match="no chat template"):
         text.chat([{"role": "user", "content": "hi"}])
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised(text: ModelText) -> None:
+    thread = threading.Thread(target=text.encode, args=("the quick brown fox " * 50_000,))
+    thread.start()
+    looks = 0
+    while thread.is_alive():
+        thread.join(0.001)
+        looks += 1
+    assert looks > 10  # one or two where it keeps the interpreter to itself
 
 
 def test_a_folder_without_a_tokenizer_is_explained(tmp_path: Path) -> None:

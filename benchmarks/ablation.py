@@ -9,7 +9,7 @@ Every variant trains with the same settings but one. The best policy of each run
 test episodes, paired with the variant that has everything and with the slack rule. May be stopped
 at any time: runs go on where they were, and what has been played is not played again. ``--jobs``
 runs are trained side by side. Results go to ``ablation.json`` in the folder of the runs and, with
-``--page``, to a table in Markdown.
+``--page``, to a section of a page in Markdown.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from mmrl.agents.pool import side_by_side
 from mmrl.agents.progress import ProgressBar
 from mmrl.agents.runner import play
 from mmrl.agents.state import read_state
+from mmrl.agents.suite_stats import Bootstrap, interval
 from mmrl.agents.train import resume, train
 from mmrl.cli.train import UNITS, number, read_settings
 from mmrl.files import write_json
@@ -38,8 +39,12 @@ from mmrl.rollout import Episode, EpisodeResult, rollout
 from mmrl.rules import get_rule
 from mmrl.scenarios.mixture import ScenarioSampler
 from mmrl.scenarios.registry import get_scenario
-from mmrl.stats import bootstrap
 
+BOOTSTRAP = Bootstrap()
+TITLE = """# What each part is worth
+
+Tables of `benchmarks/ablation.py`; [training.md](training.md) says what follows from them.
+"""
 ALL = "all"
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     ALL: ("everything", {}),
@@ -131,12 +136,12 @@ def _stack(
 
 
 def _points(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """Say a difference in points: interval over episodes, and the range of the seeds."""
+    """Say a difference in points: interval over seeds and episodes, and each seed."""
     difference = 100 * (ours - theirs)
-    by_seed = difference.mean(axis=1)
-    interval = bootstrap([difference.mean(axis=0)])
-    seeds = ", ".join(f"{value:+.1f}" for value in by_seed)
-    return f"{interval.estimate:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}] ({seeds})"
+    draws = BOOTSTRAP.over_seeds(BOOTSTRAP.cell_means(0, difference.T))
+    found = interval(float(difference.mean()), draws)
+    seeds = ", ".join(f"{value:+.1f}" for value in difference.mean(axis=1))
+    return f"{found.estimate:+.2f} [{found.low:+.2f}, {found.high:+.2f}] ({seeds})"
 
 
 def main() -> None:
@@ -195,25 +200,38 @@ def main() -> None:
     lines = table(found, given.seeds)
     print("\n".join(lines))
     if given.page:
-        given.page.write_text("\n".join([*_head(settings, given.seeds), *lines, ""]), "utf-8")
+        write_section(given.page, *_section(settings, given.seeds, given.only, lines))
 
 
-def _head(settings: dict[str, Any], seeds: int) -> list[str]:
+def write_section(page: Path, heading: str, lines: list[str]) -> None:
+    """Put a section in the place of the one with its heading, or at the end of the page."""
+    text = page.read_text("utf-8") if page.exists() else f"{TITLE}\n"
+    head, *sections = text.rstrip("\n").split("\n## ")
+    kept = [section for section in sections if section.partition("\n")[0] != heading]
+    kept.append("\n".join([heading, "", *lines]))
+    page.write_text("\n\n## ".join([part.rstrip("\n") for part in (head, *kept)]) + "\n", "utf-8")
+
+
+def _section(
+    settings: dict[str, Any], seeds: int, only: str, lines: list[str]
+) -> tuple[str, list[str]]:
     scenarios, given = " ".join(settings["scenarios"]), " ".join(settings["set"])
-    return [
-        "# What each part is worth",
-        "",
-        f"Training on `{scenarios}` (verbs: {settings['verbs']}) for {settings['steps']:,} "
-        f"decisions, {seeds} seeds; mean over {settings['episodes']} test episodes of each verb "
-        "set. Differences in points of goodput with 95 % intervals over episodes, and in brackets "
-        "each seed. [training.md](training.md) says what follows from it.",
+    start = dict(part.split("=", 1) for part in settings["set"]).get("start")
+    about = f"Training on `{scenarios}`" if start is None else f"`{start}` trained on `{scenarios}`"
+    heading = f"{about}, {settings['steps']:,} decisions"
+    return heading, [
+        f"Verbs: {settings['verbs']}; {seeds} seeds; mean over {settings['episodes']} test "
+        "episodes of each verb set. Differences in points of goodput with 95 % intervals over "
+        "seeds and episodes (of three seeds, and so too narrow), and in brackets each seed.",
         "",
         "```",
         f"python benchmarks/ablation.py --scenarios {scenarios} --verbs {settings['verbs']} "
         f"--steps {settings['steps']} --seeds {seeds} --episodes {settings['episodes']}"
+        + (f" --only {only}" if only else "")
         + (f" \\\n  --set {given}" if given else ""),
         "```",
         "",
+        *lines,
     ]
 
 

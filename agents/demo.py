@@ -26,7 +26,7 @@ from mmrl.workloads.readers import read_trace
 
 SCENARIO = "demo"
 TRACE = Path(mmrl.__file__).parent / "data" / "demo_trace.csv"
-RULES = (CHAMPION, "gdsf", "lru", "static", "full-swap")
+RULES = (CHAMPION, "partial@tuned", "gdsf", "lru", "static", "full-swap")
 LOADS = (0.7, 1.0, 1.3)
 MARK = "demo.json"  # says that a folder is a demo's, and how long it has trained
 UNLIMITED_STEPS = 1_000_000_000  # the clock decides

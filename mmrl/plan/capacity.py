@@ -22,6 +22,7 @@ from mmrl.node.state import MAX_MODELS
 from mmrl.plan.question import LEAST, MOST, Question, Site, scenario_at
 from mmrl.rollout import Episode, EpisodeResult, rollout
 from mmrl.rules import get_rule, rule_names
+from mmrl.rules.registry import ANY_FLEET, tuned_for
 from mmrl.scenarios.bank import CostBank
 from mmrl.scenarios.sampler import DoesNotFit, EpisodeSampler, TooManyRequests, read_bank
 from mmrl.scenarios.schema import Scenario
@@ -137,12 +138,12 @@ class Answer:
 
 
 def rule_player(name: str) -> Player:
-    """Return a player for a rule with its default parameters.
+    """Return a player for a rule as tuned for fleets of any kind, or else with its defaults.
 
     Raises:
         InputError: There is no such rule.
     """
-    return partial(rollout, get_rule(name))
+    return partial(rollout, get_rule(name, **(tuned_for(ANY_FLEET, name) or {})))
 
 
 def plan_site(

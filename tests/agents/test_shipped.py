@@ -45,7 +45,7 @@ def test_it_serves_fleets_of_any_size(models: int, verbs: Literal["core", "full"
 
 
 def test_it_beats_the_rule_on_a_fleet_that_it_never_saw() -> None:
-    """By 5 points (README); half of that with so few episodes."""
+    """By far; some points of that with so few episodes."""
     scenario = get_scenario("h200-24")
     episodes = [("test", index) for index in range(16)]
     learned, rule = (

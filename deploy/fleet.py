@@ -5,10 +5,10 @@ before the first gigabyte is read.
 """
 
 import gc
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -413,7 +413,7 @@ def find_policy(name: str, field: str = "node.policy") -> ExportedPolicy | Rule:
     """
     if name in rule_names():
         return get_rule(name)
-    if name != DEFAULT and not Path(name).exists():
+    if name != DEFAULT and not os.path.exists(name):  # False too for what cannot be a path
         raise InputError(
             f"{field}: '{name}' is neither a rule nor the folder of a trained policy",
             nearest(name, [*rule_names(), DEFAULT])

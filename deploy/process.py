@@ -55,7 +55,7 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logs()
     try:
-        from mmrl.deploy.fleet import open_fleet
+        from mmrl.deploy.fleet import find_policy, open_fleet
 
         def progress(name: str, done: int, total: int) -> None:
             pipe.send(("loading", name, done, total))
@@ -70,11 +70,25 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
     engine.accept = lambda number: pipe.send(("accepted", number))
     running = True
 
-    def answer(number: int, name: str, subject: str | None) -> None:
+    def answer(number: int, name: str, subject: str | None, policy: Any = None) -> None:
+        result: dict[str, Any] = {}
+        error = None
         try:
-            pipe.send(("answer", number, _command(engine, name, subject), None))
-        except InputError as error:
-            pipe.send(("answer", number, {}, (error.message, error.remedy)))
+            result = _command(engine, name, subject, policy)
+        except MmrlError as caught:
+            error = type(caught) is InputError, caught.message, caught.remedy
+        except Exception as caught:  # whatever an operator asks for, the engine goes on
+            log.exception("%s failed", name)
+            error = False, f"{name} failed: {caught}", "see the log"
+        pipe.send(("answer", number, result, error))
+
+    def change_policy(number: int, subject: str) -> None:
+        policy: Any
+        try:
+            policy = find_policy(subject, "policy")
+        except Exception as caught:
+            policy = caught
+        engine.call(functools.partial(answer, number, "policy", subject, policy))
 
     def stop() -> None:
         nonlocal running
@@ -93,6 +107,11 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
             except (EOFError, OSError):  # the front is gone
                 engine.call(stop)
                 return
+            if kind == "command" and rest[1] == "policy":
+                # A slow disk must hold up neither the loop nor what the front says next.
+                words = rest[0], str(rest[2])
+                threading.Thread(target=change_policy, args=words, daemon=True).start()
+                continue
             engine.call(functools.partial(handlers[kind], *rest))
             if kind == "stop":
                 return
@@ -119,8 +138,14 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
         engine.close()
 
 
-def _command(engine: Any, name: str, subject: str | None) -> dict[str, Any]:
+def _command(engine: Any, name: str, subject: str | None, policy: Any) -> dict[str, Any]:
     """Do what an operator asks for, of a model or with a policy.
+
+    Args:
+        engine: The engine.
+        name: One of `COMMANDS`.
+        subject: The model, where it is of one.
+        policy: The one that is to decide, or what was raised when it was read.
 
     Raises:
         InputError: It is not possible.
@@ -129,9 +154,9 @@ def _command(engine: Any, name: str, subject: str | None) -> dict[str, Any]:
         engine.revert(name == "revert")
         return {"policy": engine.adapter.name}
     if name == "policy":
-        from mmrl.deploy.fleet import find_policy
-
-        engine.change_policy(find_policy(str(subject), "policy"))
+        if isinstance(policy, Exception):
+            raise policy
+        engine.change_policy(policy)
         return {"policy": engine.adapter.name}
     m = engine.names.index(subject)
     if name in ("pin", "unpin"):
@@ -238,6 +263,7 @@ class EngineClient:
         Raises:
             InputError: It is unknown, or not possible.
             EngineDown: The engine does not run.
+            MmrlError: It failed in a way that nobody foresaw.
         """
         if name not in COMMANDS:
             raise unknown("command", name, COMMANDS)
@@ -349,7 +375,7 @@ class EngineClient:
                 if error is None:
                     answer.set_result(result)
                 else:
-                    answer.set_exception(InputError(*error))
+                    answer.set_exception(_error(*error))
         elif kind == "loading":
             if self._progress is not None:
                 self._progress(*rest)
@@ -360,7 +386,7 @@ class EngineClient:
             if self._started is not None and not self._started.done():
                 self._started.set_result(None)
         elif kind == "failed":
-            self._fail_start(InputError(*rest[1:]) if rest[0] else MmrlError(*rest[1:]))
+            self._fail_start(_error(*rest))
         elif kind == "died":
             self._died()
 
@@ -396,3 +422,8 @@ class EngineClient:
         log.error("the engine died (exit code %s); starting it again", code)
         self._loop.call_later(self._restart_s, self._launch)
         self._restart_s = min(LONGEST_RESTART_S, 2 * self._restart_s)
+
+
+def _error(input_error: bool, message: str, remedy: str) -> MmrlError:
+    """Return the error that the engine tells of."""
+    return (InputError if input_error else MmrlError)(message, remedy)

@@ -36,6 +36,8 @@ def scripted_engine(pipe: Connection, config: ServeConfig) -> None:
             return
         if kind == "cancel":
             cancelled.append(rest[0])
+        elif kind == "command" and rest[1] == "preload":
+            pipe.send(("answer", rest[0], {}, (False, "it broke", "see the log")))
         elif kind == "command":
             pipe.send(("answer", rest[0], {"cancelled": cancelled}, None))
         elif rest[1].prompt[0] == DEADLY:
@@ -155,5 +157,8 @@ def test_what_an_operator_asks_is_answered(play: Callable[[Scene], None]) -> Non
         for words in wrong:
             with pytest.raises(InputError, match="unknown"):
                 await client.command(*words)
+        with pytest.raises(MmrlError, match="it broke") as caught:
+            await client.command("preload", "a")
+        assert not isinstance(caught.value, InputError)  # nobody's input was wrong
 
     play(scene)

@@ -21,6 +21,7 @@ import torch
 from typer.testing import CliRunner
 
 from mmrl.cli.app import app
+from mmrl.agents.export import DESCRIPTION
 from mmrl.deploy.adapter import FALLBACKS
 from mmrl.deploy.config import build_config
 from mmrl.deploy.fleet import Fleet, find_policy, open_fleet
@@ -183,9 +184,13 @@ def test_operators_revert_and_pin(served: Served) -> None:
     wait(lambda: not served.state()["reverted"])
 
 
-def test_an_operator_lets_another_policy_decide(served: Served) -> None:
-    refused = served.http.post("/admin/policy/nobody")
-    assert refused.status_code == 409 and "neither a rule nor" in refused.text
+def test_an_operator_lets_another_policy_decide(served: Served, tmp_path: Path) -> None:
+    for name in ("nobody", 300 * "a", "%00"):  # the last two cannot be looked for
+        refused = served.http.post(f"/admin/policy/{name}")
+        assert refused.status_code == 409 and "neither a rule nor" in refused.text
+    os.mkfifo(tmp_path / DESCRIPTION)  # reading it never ends, and holds up nothing
+    with pytest.raises(httpx2.TimeoutException):
+        served.http.post(f"/admin/policy/{tmp_path}", timeout=0.5)
     assert served.http.post("/admin/policy/lru").json() == {"policy": "lru"}
     wait(lambda: served.state()["policy"] == "lru")
     answer = served.client.completions.create(model="beta", prompt="go on", max_tokens=4)

@@ -1,8 +1,10 @@
 """The engine as a process of its own: `serve_engine` runs in it, `EngineClient` talks to it.
 
 Launching kernels never waits for HTTP then, and an engine that dies takes no server with it: the
-client answers what was in flight with an error, starts another, and goes on. Messages are tuples
-whose first item says what they are; one pipe carries them both ways.
+client answers what was in flight with an error, starts another, and goes on. An engine that serves
+is never silent for long (it sends pictures of the node even while its loop waits for a worker), so
+one that is takes no requests, and is ended in the end. Messages are tuples whose first item says
+what they are; one pipe carries them both ways.
 """
 
 import asyncio
@@ -10,6 +12,7 @@ import contextlib
 import functools
 import logging
 import multiprocessing
+import queue
 import signal
 import threading
 import time
@@ -38,6 +41,9 @@ PICTURE_S = 0.25  # time between two pictures of the node
 RESTART_S = 1.0  # before an engine that died is started again; doubled each time
 LONGEST_RESTART_S = 30.0
 STOP_S = 10.0  # that an engine has to end
+WATCH_S = 0.5  # between two looks whether the engine says something
+STALLED_S = 5.0  # of silence after which an engine that serves gets no requests
+HUNG_S = 60.0  # of silence after which it is ended, and another started
 COMMANDS = ("pin", "unpin", "preload", "release", "revert", "restore", "policy")
 OF_THE_NODE = ("revert", "restore", "policy")  # and not of a model
 REFUSALS: dict[str, type[Unavailable]] = {"queue_full": QueueFull, "quarantined": Quarantined}
@@ -116,17 +122,23 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
             if kind == "stop":
                 return
 
+    pictured = 0.0
+
+    def show() -> None:
+        nonlocal pictured
+        now = time.monotonic()
+        if now - pictured >= PICTURE_S:
+            pictured = now
+            pipe.send(("state", fleet.picture()))
+
+    engine.inbox.waiting = show  # an instant may wait for an iteration to end
     pipe.send(("ready", fleet.infos, fleet.notes))
     threading.Thread(target=read, name="pipe", daemon=True).start()
     engine.begin()
-    pictured = 0.0
     try:
         while running:
             engine.run_instant()
-            now = time.monotonic()
-            if now - pictured >= PICTURE_S:
-                pictured = now
-                pipe.send(("state", fleet.picture()))
+            show()
     except BrokenPipeError:
         return
     except Exception:  # the front starts another engine
@@ -190,10 +202,11 @@ class EngineClient:
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._number = 0
         self._restart_s = RESTART_S
-        self._pipe: Connection | None = None
+        self._outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._process: Any = None
         self._started: asyncio.Future[None] | None = None
-        self._stopped = threading.Event()
+        self._watching: asyncio.Task[None] | None = None
+        self._silent_s = 0.0  # since the engine's last message, as far as the front itself ran
         self.notes: tuple[str, ...] = ()
         self.restarts = 0
 
@@ -205,12 +218,17 @@ class EngineClient:
     @property
     def ready(self) -> bool:
         """Return whether the engine serves."""
-        return self._ready and not self._draining
+        return self._ready and not self._draining and not self._stalled
 
     @property
     def state(self) -> NodeState | None:
         """Return the last picture of the node."""
         return self._state
+
+    @property
+    def _stalled(self) -> bool:
+        """Whether the engine has been silent for longer than one that runs ever is."""
+        return self._silent_s >= STALLED_S
 
     @property
     def pid(self) -> int | None:
@@ -226,6 +244,7 @@ class EngineClient:
         self._loop = asyncio.get_running_loop()
         self._started = self._loop.create_future()
         self._launch()
+        self._watching = asyncio.create_task(self._watch())
         await self._started
 
     async def generate(self, request: Generate) -> AsyncGenerator[Tokens, None]:
@@ -271,6 +290,7 @@ class EngineClient:
             raise unknown("model", str(subject), self._models)
         if not self._ready:
             raise EngineDown("the engine is starting", "try again", self._restart_s)
+        self._refuse_if_stalled()
         self._number += 1
         answer: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._answers[self._number] = answer
@@ -295,11 +315,13 @@ class EngineClient:
             items.put_nowait(Draining("the server goes down", "send the request again"))
 
     async def stop(self) -> None:
-        """End the engine's process; one that has not begun to serve has nothing to end."""
+        """End the engine's process; one that does not serve has nothing to end."""
         self._closing = True
+        if self._watching is not None:
+            self._watching.cancel()
         self._send(("stop",))
         if self._process is not None:
-            if self._ready:
+            if self._ready and not self._stalled:
                 await asyncio.to_thread(self._process.join, STOP_S)
             if self._process.is_alive():
                 self._process.kill()
@@ -326,21 +348,43 @@ class EngineClient:
             raise Draining("the server is going down", "use another")
         if not self._ready:
             raise EngineDown("the engine is being restarted", "try again", self._restart_s)
+        self._refuse_if_stalled()
+
+    def _refuse_if_stalled(self) -> None:
+        if self._stalled:
+            raise EngineDown("the engine does not answer", "try again", STALLED_S)
+
+    async def _watch(self) -> None:
+        """Count for how long an engine that serves is silent; end one that hangs.
+
+        One that starts may be silent for as long as it reads and compiles. What is counted are
+        looks and not the clock: while the front itself stands still, it hears nobody.
+        """
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if not self._ready:
+                continue
+            self._silent_s += WATCH_S
+            if self._silent_s >= HUNG_S and self._process.is_alive():
+                log.error("the engine has said nothing for %.0f s: it is ended", self._silent_s)
+                self._process.kill()
 
     def _launch(self) -> None:
+        if self._closing:
+            return
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
+        pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=serve_engine, args=(theirs, self._config), name="mmrl-engine", daemon=True
         )
         self._process.start()
         theirs.close()
-        threading.Thread(target=self._read, args=(self._pipe,), daemon=True).start()
+        self._outbox = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(pipe,), daemon=True).start()
+        threading.Thread(target=_write, args=(pipe, self._outbox), daemon=True).start()
 
     def _send(self, message: tuple[Any, ...]) -> None:
-        with contextlib.suppress(OSError):  # a dead engine is noticed where its messages are read
-            if self._pipe is not None:
-                self._pipe.send(message)
+        self._outbox.put(message)
 
     def _read(self, pipe: Connection) -> None:
         """Hand the engine's messages to the event loop: a thread for each engine."""
@@ -358,6 +402,7 @@ class EngineClient:
 
     def _handle(self, message: tuple[Any, ...]) -> None:
         kind, *rest = message
+        self._silent_s = 0.0
         if kind == "tokens":
             for number, tokens in rest[0]:
                 self._put(number, tokens)
@@ -404,6 +449,7 @@ class EngineClient:
     def _died(self) -> None:
         """Answer what was in flight, and start another engine unless the server ends."""
         self._ready, self._state = False, None
+        self._outbox.put(None)
         for items in self._requests.values():
             items.put_nowait(Tokens((), Finish.ERROR, "the engine died"))
         for answer in self._answers.values():
@@ -422,6 +468,16 @@ class EngineClient:
         log.error("the engine died (exit code %s); starting it again", code)
         self._loop.call_later(self._restart_s, self._launch)
         self._restart_s = min(LONGEST_RESTART_S, 2 * self._restart_s)
+
+
+def _write(pipe: Connection, outbox: "queue.SimpleQueue[tuple[Any, ...] | None]") -> None:
+    """Send the engine what is put out for it, until None: a thread for each engine.
+
+    An engine that does not read fills the pipe; this thread then waits, and not the event loop.
+    """
+    with contextlib.suppress(OSError):  # a dead engine is noticed where its messages are read
+        while (message := outbox.get()) is not None:
+            pipe.send(message)
 
 
 def _error(input_error: bool, message: str, remedy: str) -> MmrlError:

@@ -20,6 +20,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+WAITING_S = 0.25  # between two signs of life of a loop that waits
+
 
 @dataclass(frozen=True, slots=True)
 class Done:
@@ -73,9 +75,11 @@ class Inbox:
 
     Attributes:
         calls: Functions that the loop is to call, in order.
+        waiting: Called some times a second while the loop waits for a condition.
     """
 
     def __init__(self) -> None:
+        self.waiting: Callable[[], None] = lambda: None
         self.calls: deque[Callable[[], None]] = deque()
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -102,7 +106,8 @@ class Inbox:
     def wait(self, condition: Callable[[], bool]) -> None:
         """Take messages in until a condition holds."""
         while not condition():
-            self.receive(60.0)
+            self.receive(WAITING_S)
+            self.waiting()
 
 
 class Worker:

@@ -5,6 +5,7 @@ The engine here has no models: it answers by a script, in a real process of its 
 
 import asyncio
 import os
+import signal
 from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -31,6 +32,8 @@ def scripted_engine(pipe: Connection, config: ServeConfig) -> None:
     cancelled = []
     pipe.send(("ready", (INFO,), ("a note",)))
     while True:
+        while not pipe.poll(0.05):
+            pipe.send(("state", made_up_state(0.0, (INFO,))))
         kind, *rest = pipe.recv()
         if kind == "stop":
             return
@@ -98,6 +101,57 @@ def test_an_engine_that_dies_is_started_again(play: Callable[[Scene], None]) -> 
     play(scene)
 
 
+def test_an_engine_that_stands_still_gets_no_requests(
+    play: Callable[[Scene], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it hold up the front, however much that has to tell it, nor its end."""
+    monkeypatch.setattr(process, "WATCH_S", 0.05)
+    monkeypatch.setattr(process, "STALLED_S", 1.0)
+
+    async def scene(client: EngineClient) -> None:
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)
+        flood = [asyncio.create_task(ask(client, ENDLESS)) for _ in range(5_000)]
+        while client.ready:
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineDown, match="does not answer"):
+            await ask(client, LAST)
+        with pytest.raises(EngineDown, match="does not answer"):
+            await client.command("revert")
+        os.kill(client.pid, signal.SIGCONT)
+        while not client.ready:
+            await asyncio.sleep(0.01)
+        assert [tokens.finish for tokens in await ask(client, LAST)] == [Finish.LENGTH]
+        assert client.restarts == 0
+        os.kill(client.pid, signal.SIGSTOP)
+        while client.ready:
+            await asyncio.sleep(0.01)
+        await client.stop()
+        assert all(tokens[-1].finish is Finish.ERROR for tokens in await asyncio.gather(*flood))
+
+    play(scene)
+
+
+def test_an_engine_that_hangs_is_started_again(
+    play: Callable[[Scene], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "WATCH_S", 0.05)
+    monkeypatch.setattr(process, "HUNG_S", 2.0)
+
+    async def scene(client: EngineClient) -> None:
+        first = client.pid
+        assert first is not None
+        waiting = await begin(client, ENDLESS)
+        os.kill(first, signal.SIGSTOP)
+        (lost,) = await waiting
+        assert lost.finish is Finish.ERROR and "died" in lost.error
+        while not client.ready:
+            await asyncio.sleep(0.01)
+        assert client.restarts >= 1 and client.pid != first
+
+    play(scene)
+
+
 def test_a_closed_iterator_cancels_its_request(play: Callable[[Scene], None]) -> None:
     async def scene(client: EngineClient) -> None:
         task = await begin(client, ENDLESS)
@@ -113,8 +167,8 @@ def test_a_drain_waits_and_what_is_left_is_handed_back(play: Callable[[Scene], N
         endless = await begin(client, ENDLESS)
         assert not await client.drain(0.05)
         assert not client.ready and not endless.done()
-        client._handle(("state", made_up_state(0.0, (INFO,))))
-        assert client.state is not None and client.state.draining
+        while client.state is None or not client.state.draining:  # the next picture says so
+            await asyncio.sleep(0.01)
         with pytest.raises(Draining):
             await ask(client, LAST)
         client.hand_back()

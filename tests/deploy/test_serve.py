@@ -20,8 +20,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mmrl.cli.app import app
 from mmrl.agents.export import DESCRIPTION
+from mmrl.cli.app import app
 from mmrl.deploy.adapter import FALLBACKS
 from mmrl.deploy.config import build_config
 from mmrl.deploy.fleet import Fleet, find_policy, open_fleet

@@ -443,15 +443,19 @@ class Engine:
             state = self.node.requests[sequence.row]["state"]
             if state == UNARRIVED or (state < DONE and not self.node.cancel(sequence.row)):
                 left.append(sequence)
+            else:
+                self._memory.forget(sequence)
         self._cancelling = left
 
     def _welcome(self) -> None:
         """Tell the front which of the new requests are in."""
         for sequence in self._new:
             if self.node.requests[sequence.row]["state"] == REFUSED:
-                sequence.ending = True
-                del self._numbers[sequence.number]
-                self.refuse(sequence.number, "queue_full", "the queue of the model is full")
+                if not sequence.ending:  # cancelled before it arrived
+                    sequence.ending = True
+                    del self._numbers[sequence.number]
+                    self.refuse(sequence.number, "queue_full", "the queue of the model is full")
+                self._memory.forget(sequence)
             else:
                 self.accept(sequence.number)
         self._new.clear()
@@ -463,6 +467,7 @@ class Engine:
 
     def _compact(self) -> None:
         self.inbox.wait(lambda: self.iterations.ahead_model < 0)
+        self._retry_cancels()
         self._memory.give_back()
         moved = self.node.compact()
         self._memory.unsettled = [int(moved[row]) for row in self._memory.unsettled]

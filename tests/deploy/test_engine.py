@@ -862,6 +862,26 @@ def test_a_cancelled_request_frees_its_memory(when: str, closing: list[Fleet]) -
     assert len(heard.tokens[2]) == 5
 
 
+def test_a_request_that_ends_before_it_begins_is_forgotten(closing: list[Fleet]) -> None:
+    """Not only when the table of requests is full: until then its prompt takes memory."""
+    engine, heard = one_model(closing)
+    engine.submit(0, request(0, 400, 100))
+    run(engine, lambda: 0 in heard.tokens)
+    for number in range(1, 300):
+        engine.submit(number, request(0, 400, 100))
+    engine.run_instant()
+    for number in range(100, 300):
+        engine.cancel(number)
+    engine.submit(300, request(0, 400, 100))  # in and out within an instant
+    engine.cancel(300)
+    run(engine, lambda: set(range(100, 301)) <= {*heard.finish, *heard.refused})
+    run(engine, lambda: len(engine._rows) == engine.open_requests)
+    for number in range(100):
+        engine.cancel(number)
+    run(engine, lambda: engine.node.state.in_system == 0)
+    run(engine, lambda: not engine._rows)
+
+
 def test_a_failing_request_takes_no_other_with_it(closing: list[Fleet]) -> None:
     engine, heard = one_model(closing)
     runner = engine.models[0].runner

@@ -42,6 +42,7 @@ from mmrl.profiles.schema import Profile
 from mmrl.rules import Rule, get_rule, rule_names
 from mmrl.scenarios.targets import TargetNumbers
 
+CHAMPION = "slack"  # the rule that decides where the policy does not
 LEAST_TOKENS = 1024  # of KV that the largest model must have room for
 
 Progress = Callable[[str, int, int], None]
@@ -353,7 +354,7 @@ def _decided(
 
     def decider(node: LiveNode) -> DeployAdapter:
         tables = node.decode_tables, node.prefill_tables
-        return DeployAdapter(policy, get_rule("slack"), *tables, deadline_s=deadline_s)
+        return DeployAdapter(policy, get_rule(CHAMPION), *tables, deadline_s=deadline_s)
 
     _compile(LiveNode.of(costs, numbers), decider)
     node = LiveNode.of(costs, numbers)

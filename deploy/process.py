@@ -17,9 +17,9 @@ import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 from mmrl.deploy.config import ServeConfig
 from mmrl.deploy.logs import configure_logs
@@ -52,25 +52,65 @@ Progress = Callable[[str, int, int], None]  # model, bytes read, bytes in all
 log = logging.getLogger("mmrl.engine")
 
 
+@dataclass
+class Orders:
+    """What operators have decided: an engine that is started again goes on with it.
+
+    Quarantine is not among it: a new process may well be what the model needed.
+
+    Attributes:
+        policy: Name of the policy that decides.
+        verbs: Those of the first engine; a policy that was chosen since does not change them.
+        reverted: Whether the champion decides in its place.
+        pinned: Models that were pinned (True) or let go (False).
+    """
+
+    policy: str
+    verbs: Literal["core", "full"]
+    reverted: bool = False
+    pinned: dict[str, bool] = field(default_factory=dict)
+
+    def note(self, command: str, subject: str | None) -> None:
+        """Remember a command that was done."""
+        if command in ("pin", "unpin"):
+            self.pinned[str(subject)] = command == "pin"
+        elif command in ("revert", "restore"):
+            self.reverted = command == "revert"
+        elif command == "policy":
+            self.policy, self.reverted = str(subject), False
+
+
 # --- in the engine's process ---------------------------------------------------------------
 
 
-def serve_engine(pipe: Connection, config: ServeConfig) -> None:
-    """Load the fleet and serve until told to stop: the main function of the engine's process."""
+def serve_engine(pipe: Connection, config: ServeConfig, orders: Orders | None = None) -> None:
+    """Load the fleet and serve until told to stop: the main function of the engine's process.
+
+    Args:
+        pipe: To the front.
+        config: What to serve.
+        orders: What the engine before this one did, if there was one.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front says when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logs()
     try:
-        from mmrl.deploy.fleet import find_policy, open_fleet
+        from mmrl.deploy.fleet import CHAMPION, find_policy, open_fleet
 
         def progress(name: str, done: int, total: int) -> None:
             pipe.send(("loading", name, done, total))
 
+        if orders is not None:  # its policy may be gone meanwhile: the node serves without it
+            changes = {"policy": CHAMPION, "verbs": orders.verbs}
+            node = config.node.model_copy(update=changes)
+            config = config.model_copy(update={"node": node})
         fleet = open_fleet(config, progress)
     except MmrlError as error:
         pipe.send(("failed", type(error) is InputError, error.message, error.remedy))
         return
     engine = fleet.engine
+    if orders is not None:
+        follow(engine, orders)
     engine.emit = lambda items: pipe.send(("tokens", items))
     engine.refuse = lambda number, kind, words: pipe.send(("refused", number, kind, words))
     engine.accept = lambda number: pipe.send(("accepted", number))
@@ -132,7 +172,8 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
             pipe.send(("state", fleet.picture()))
 
     engine.inbox.waiting = show  # an instant may wait for an iteration to end
-    pipe.send(("ready", fleet.infos, fleet.notes))
+    verbs = "full" if engine.node.state.full_verbs else "core"
+    pipe.send(("ready", fleet.infos, fleet.notes, verbs))
     threading.Thread(target=read, name="pipe", daemon=True).start()
     engine.begin()
     try:
@@ -148,6 +189,22 @@ def serve_engine(pipe: Connection, config: ServeConfig) -> None:
         with contextlib.suppress(OSError):
             pipe.send(("stopped",))
         engine.close()
+
+
+def follow(engine: Any, orders: Orders) -> None:
+    """Bring an engine to where operators had the one before it.
+
+    Where the policy cannot be read any more, the champion goes on: it decides already.
+    """
+    from mmrl.deploy.fleet import find_policy
+
+    try:
+        engine.change_policy(find_policy(orders.policy))
+    except Exception as error:
+        log.error("the champion decides, as the policy cannot: %s", error)
+    engine.revert(orders.reverted)
+    for name, pinned in orders.pinned.items():
+        engine.set_pinned(engine.names.index(name), pinned)
 
 
 def _command(engine: Any, name: str, subject: str | None, policy: Any) -> dict[str, Any]:
@@ -199,7 +256,8 @@ class EngineClient:
         self._state: NodeState | None = None
         self._ready = self._draining = self._closing = False
         self._requests: dict[int, asyncio.Queue[Any]] = {}
-        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._answers: dict[int, tuple[str, str | None, asyncio.Future[dict[str, Any]]]] = {}
+        self._orders: Orders | None = None
         self._number = 0
         self._restart_s = RESTART_S
         self._outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
@@ -293,13 +351,9 @@ class EngineClient:
         self._refuse_if_stalled()
         self._number += 1
         answer: asyncio.Future[dict[str, Any]] = self._loop.create_future()
-        self._answers[self._number] = answer
+        self._answers[self._number] = name, subject, answer
         self._send(("command", self._number, name, subject))
-        result = await answer
-        if name == "policy":  # an engine that has to be started again goes on with it
-            node = self._config.node.model_copy(update={"policy": subject})
-            self._config = self._config.model_copy(update={"node": node})
-        return result
+        return await answer
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait for those that run; return whether all ended."""
@@ -374,8 +428,9 @@ class EngineClient:
             return
         context = multiprocessing.get_context("spawn")
         pipe, theirs = context.Pipe()
+        arguments = theirs, self._config, self._orders
         self._process = context.Process(
-            target=serve_engine, args=(theirs, self._config), name="mmrl-engine", daemon=True
+            target=serve_engine, args=arguments, name="mmrl-engine", daemon=True
         )
         self._process.start()
         theirs.close()
@@ -415,7 +470,9 @@ class EngineClient:
             self._state = replace(rest[0], draining=self._draining)  # the engine does not know
         elif kind == "answer":
             number, result, error = rest
-            answer = self._answers.pop(number)
+            name, subject, answer = self._answers.pop(number)
+            if error is None and self._orders is not None:
+                self._orders.note(name, subject)  # though who asked may have gone
             if not answer.done():
                 if error is None:
                     answer.set_result(result)
@@ -425,7 +482,9 @@ class EngineClient:
             if self._progress is not None:
                 self._progress(*rest)
         elif kind == "ready":
-            infos, self.notes = rest
+            infos, self.notes, verbs = rest
+            if self._orders is None:
+                self._orders = Orders(self._config.node.policy, verbs)
             self._models = {info.name: info for info in infos}
             self._ready, self._restart_s = True, RESTART_S
             if self._started is not None and not self._started.done():
@@ -452,7 +511,7 @@ class EngineClient:
         self._outbox.put(None)
         for items in self._requests.values():
             items.put_nowait(Tokens((), Finish.ERROR, "the engine died"))
-        for answer in self._answers.values():
+        for _, _, answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(EngineDown("the engine died", "try again", self._restart_s))
         self._answers.clear()

@@ -21,6 +21,7 @@ from mmrl.deploy.config import build_config
 from mmrl.deploy.engine import FAILURES, Engine
 from mmrl.deploy.fleet import Fleet, open_fleet
 from mmrl.deploy.memory import BudgetExceeded, OutOfDeviceMemory
+from mmrl.deploy.process import Orders, follow
 from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
 from mmrl.deploy.reasons import reason
 from mmrl.deploy.served import Sequence_
@@ -993,6 +994,16 @@ def test_an_operator_pins_and_preloads(closing: list[Fleet]) -> None:
     run(engine, lambda: 1 in heard.finish)
     assert heard.finish[1] is Finish.LENGTH
     assert next(d.by for d in engine.decisions) == "operator"
+
+
+def test_an_engine_goes_on_with_the_orders_of_the_one_before(closing: list[Fleet]) -> None:
+    """Without its policy, where that is gone."""
+    engine, _ = one_model(closing, policy="slack")
+    follow(engine, Orders("lru", "full", pinned={"m1": True}))
+    assert engine.adapter.name == "lru" and list(engine.node.state.pinned[:2]) == [False, True]
+    engine, _ = one_model(closing, policy="slack")
+    follow(engine, Orders("gone", "full", pinned={"m0": True}))
+    assert engine.adapter.name == "slack" and engine.node.state.pinned[0]
 
 
 def test_a_trained_policy_serves(closing: list[Fleet]) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from mmrl.deploy import process
 from mmrl.deploy.config import ServeConfig, build_config
-from mmrl.deploy.process import EngineClient
+from mmrl.deploy.process import EngineClient, Orders
 from mmrl.deploy.protocol import Draining, EngineDown, Finish, Generate, ModelInfo, Tokens
 from mmrl.errors import InputError, MmrlError
 from tests.deploy.made_up_engine import made_up_state
@@ -24,13 +24,16 @@ LAST, ENDLESS, DEADLY = 5, 6, 7  # prompts: one token is the answer; none ever c
 Scene = Callable[[EngineClient], Awaitable[None]]
 
 
-def scripted_engine(pipe: Connection, config: ServeConfig) -> None:
-    """Answers a prompt of `LAST` with its number; says on command what was cancelled."""
+def scripted_engine(pipe: Connection, config: ServeConfig, orders: Orders | None = None) -> None:
+    """Answers a prompt of `LAST` with its number; says on command what was cancelled.
+
+    Started again, it notes its orders.
+    """
     if config.models[0].path == "broken":
         pipe.send(("failed", True, "no such model", "name another"))
         return
     cancelled = []
-    pipe.send(("ready", (INFO,), ("a note",)))
+    pipe.send(("ready", (INFO,), ("a note",) if orders is None else (repr(orders),), "core"))
     while True:
         while not pipe.poll(0.05):
             pipe.send(("state", made_up_state(0.0, (INFO,))))
@@ -97,6 +100,28 @@ def test_an_engine_that_dies_is_started_again(play: Callable[[Scene], None]) -> 
             await asyncio.sleep(0.01)
         assert client.restarts == 1 and client.pid != first
         assert [tokens.finish for tokens in await ask(client, LAST)] == [Finish.LENGTH]
+
+    play(scene)
+
+
+def test_an_engine_that_is_started_again_has_the_orders_of_the_one_before(
+    play: Callable[[Scene], None],
+) -> None:
+    async def scene(client: EngineClient) -> None:
+        for command in (("policy", "lru"), ("revert",), ("pin", "a"), ("restore",), ("revert",)):
+            await client.command(*command)
+        with pytest.raises(MmrlError):
+            await client.command("preload", "a")
+        await ask(client, DEADLY)
+        while not client.ready:
+            await asyncio.sleep(0.01)
+        assert client.notes == (repr(Orders("lru", "core", True, {"a": True})),)
+        await client.command("policy", "fifo")  # which ends what reverted the one before
+        await client.command("unpin", "a")
+        await ask(client, DEADLY)
+        while not client.ready:
+            await asyncio.sleep(0.01)
+        assert client.notes == (repr(Orders("fifo", "core", False, {"a": False})),)
 
     play(scene)
 

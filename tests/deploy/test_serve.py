@@ -208,6 +208,8 @@ def test_a_killed_engine_is_started_again(served: Served) -> None:
         int(line.split()[0]) for line in children.splitlines() if "multiprocessing.spawn" in line
     ]
     assert pids, children
+    assert served.http.post("/admin/pin/alpha").status_code == 200
+    assert served.http.post("/admin/revert").status_code == 200
     body = {"model": "alpha", "prompt": [20] * 50, "max_tokens": 1900, "ignore_eos": True}
     with served.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
         lines = stream.iter_lines()
@@ -221,7 +223,10 @@ def test_a_killed_engine_is_started_again(served: Served) -> None:
     wait(lambda: served.http.get("/readyz").status_code == 200, 120)
     answer = served.client.completions.create(model="alpha", prompt="again", max_tokens=4)
     assert answer.choices[0].finish_reason in ("length", "stop")
-    wait(lambda: served.state()["policy"] == "lru")  # as it was changed before
+    state = served.state()  # as operators had it before
+    assert state["reverted"] and [m["name"] for m in state["models"] if m["pinned"]] == ["alpha"]
+    assert served.http.post("/admin/unpin/alpha").status_code == 200
+    assert served.http.post("/admin/restore").json() == {"policy": "lru"}
 
 
 def test_sigterm_drains_and_exits_cleanly(served: Served) -> None:

@@ -371,7 +371,8 @@ class Engine:
 
     def _take(self, job: Job) -> None:
         """Give the tokens of an iteration to its sequences, before the state does."""
-        self.models[job.model].failures = 0
+        if not job.failed:
+            self.models[job.model].failures = 0
         if not job.last:
             return
         for sequence, place in job.batch.items():
@@ -392,14 +393,21 @@ class Engine:
                 self._outgoing.append((sequence.number, Tokens((token,))))
 
     def _finish(self, job: Job) -> None:
-        """Fail the sequences of an iteration for which it raised, after its end."""
+        """Fail the sequences of an iteration for which it raised, after its end.
+
+        Where others of the batch have their tokens, the model works.
+        """
         if not job.last:
             return
-        for sequence, place in job.batch.items():
-            token = job.result[place]
-            if isinstance(token, BaseException):
-                self._count_failure(job.model, token)
-                self._end(sequence, Tokens((), Finish.ERROR, _describe(token)))
+        wrong = {q: job.result[place] for q, place in job.batch.items()}
+        wrong = {q: error for q, error in wrong.items() if isinstance(error, BaseException)}
+        for sequence, error in wrong.items():
+            self._end(sequence, Tokens((), Finish.ERROR, _describe(error)))
+        if job.failed:
+            self._count_failure(job.model, next(iter(wrong.values())))
+            return
+        for error in wrong.values():
+            log.error("a sequence of %s failed", self.names[job.model], exc_info=error)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         """Deal with an iteration that raised as a whole."""

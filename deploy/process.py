@@ -46,7 +46,10 @@ STALLED_S = 5.0  # of silence after which an engine that serves gets no requests
 HUNG_S = 60.0  # of silence after which it is ended, and another started
 COMMANDS = ("pin", "unpin", "preload", "release", "revert", "restore", "policy")
 OF_THE_NODE = ("revert", "restore", "policy")  # and not of a model
-REFUSALS: dict[str, type[Unavailable]] = {"queue_full": QueueFull, "quarantined": Quarantined}
+REFUSALS: dict[str, tuple[type[Unavailable], str]] = {  # and what the client can do
+    "queue_full": (QueueFull, "try again later"),
+    "quarantined": (Quarantined, "an operator has to release it"),
+}
 Progress = Callable[[str, int, int], None]  # model, bytes read, bytes in all
 
 log = logging.getLogger("mmrl.engine")
@@ -465,7 +468,8 @@ class EngineClient:
             self._put(rest[0], None)
         elif kind == "refused":
             number, why, words = rest
-            self._put(number, REFUSALS[why](words, "try again later"))
+            refusal, remedy = REFUSALS[why]
+            self._put(number, refusal(words, remedy))
         elif kind == "state":
             self._state = replace(rest[0], draining=self._draining)  # the engine does not know
         elif kind == "answer":

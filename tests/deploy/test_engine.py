@@ -905,6 +905,29 @@ def test_a_failing_request_takes_no_other_with_it(closing: list[Fleet]) -> None:
     assert not engine.models[0].quarantined
 
 
+def test_a_step_that_fails_for_all_its_sequences_is_one_failure(closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing)
+    decode = engine.models[0].runner.launch_decode
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("broken")
+
+    def batch(first: int) -> range:
+        numbers = range(first, first + FAILURES + 1)
+        for number in numbers:
+            engine.submit(number, request(0, 20, 30, number))
+        run(engine, lambda: all(len(heard.tokens.get(n, [])) > 2 for n in numbers))
+        engine.models[0].runner.launch_decode = broken  # type: ignore[method-assign]
+        run(engine, lambda: set(numbers) <= set(heard.finish))
+        engine.models[0].runner.launch_decode = decode  # type: ignore[method-assign]
+        return numbers
+
+    for again in range(2):
+        numbers = batch(10 * again)
+        assert {heard.finish[number] for number in numbers} == {Finish.ERROR}
+        assert engine.models[0].failures == 1 and not engine.models[0].quarantined
+
+
 def test_repeated_failures_quarantine_a_model(closing: list[Fleet]) -> None:
     engine, heard = one_model(closing)
     prefill = engine.models[0].runner.prefill

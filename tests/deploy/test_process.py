@@ -15,12 +15,22 @@ import pytest
 from mmrl.deploy import process
 from mmrl.deploy.config import ServeConfig, build_config
 from mmrl.deploy.process import EngineClient, Orders
-from mmrl.deploy.protocol import Draining, EngineDown, Finish, Generate, ModelInfo, Tokens
+from mmrl.deploy.protocol import (
+    Draining,
+    EngineDown,
+    Finish,
+    Generate,
+    ModelInfo,
+    Quarantined,
+    QueueFull,
+    Tokens,
+)
 from mmrl.errors import InputError, MmrlError
 from tests.deploy.made_up_engine import made_up_state
 
 INFO = ModelInfo("a", "a", 100, (1,), 2.0, 0.1, 1000, "derived")
 LAST, ENDLESS, DEADLY = 5, 6, 7  # prompts: one token is the answer; none ever comes; the end of it
+FULL, QUARANTINED = 8, 9  # refused
 Scene = Callable[[EngineClient], Awaitable[None]]
 
 
@@ -46,6 +56,9 @@ def scripted_engine(pipe: Connection, config: ServeConfig, orders: Orders | None
             pipe.send(("answer", rest[0], {}, (False, "it broke", "see the log")))
         elif kind == "command":
             pipe.send(("answer", rest[0], {"cancelled": cancelled}, None))
+        elif rest[1].prompt[0] in (FULL, QUARANTINED):
+            kinds = {FULL: "queue_full", QUARANTINED: "quarantined"}
+            pipe.send(("refused", rest[0], kinds[rest[1].prompt[0]], "it is so"))
         elif rest[1].prompt[0] == DEADLY:
             os._exit(3)
         elif rest[1].prompt[0] == LAST:
@@ -173,6 +186,17 @@ def test_an_engine_that_hangs_is_started_again(
         while not client.ready:
             await asyncio.sleep(0.01)
         assert client.restarts >= 1 and client.pid != first
+
+    play(scene)
+
+
+def test_a_refusal_says_whether_to_come_again(play: Callable[[Scene], None]) -> None:
+    async def scene(client: EngineClient) -> None:
+        with pytest.raises(QueueFull, match="try again"):
+            await ask(client, FULL)
+        with pytest.raises(Quarantined, match="release") as caught:
+            await ask(client, QUARANTINED)
+        assert "again" not in str(caught.value)
 
     play(scene)
 

@@ -10,6 +10,7 @@ queued behind it before the state asks for it. The worker then goes on without w
 where the state decides otherwise after all, a task that came ahead is dropped.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -162,12 +163,19 @@ class Worker:
                     result = job()
                 except Exception as caught:  # the loop decides what it means
                     error = caught
+                    self._wait_for_device()
                 if isinstance(result, Launched):
                     self._launched.put((result, begun, tag))
                 else:
                     self._report(result, error, begun, tag)
                 del job, order, result, error, tag
         self._launched.put(None)
+
+    def _wait_for_device(self) -> None:
+        """Wait for what a job that raised had launched: its memory is given back after its end."""
+        if self._device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # a broken device: the job's own error says so
+                torch.cuda.current_stream(self._device).synchronize()
 
     def _end(self) -> None:
         while (one := self._launched.get()) is not None:

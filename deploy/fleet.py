@@ -198,7 +198,7 @@ def open_fleet(
     host_kv = HostKV(int(config.node.host_kv), page_locked=device.type == "cuda")
     engine = Engine(served, node, adapter, host_kv, device, clock)
     _prepare(engine, config.models)
-    infos = tuple(map(_info, config.models, opened, [one.profile for one in found], costs))
+    infos = tuple(map(_info, config.models, opened, costs))
     name = f"{DEFAULT}, the shipped one" if adapter.name == DEFAULT else adapter.name
     here = (
         f"{device_name(device)}, {size_text(place.budget_bytes)} for "
@@ -478,17 +478,13 @@ def _check_budget(
             )
 
 
-def _info(
-    model: ModelConfig, checkpoint: Checkpoint, profile: Profile, costs: ModelCosts
-) -> ModelInfo:
+def _info(model: ModelConfig, checkpoint: Checkpoint, costs: ModelCosts) -> ModelInfo:
     context = checkpoint.max_context
     return ModelInfo(
         name=model.name,
         path=str(checkpoint.path),
         max_context=min(context, model.max_context or context),
-        eos=checkpoint.eos,
         ttft_s=(costs.targets.batch_ttft_ns if costs.batch else costs.targets.ttft_ns) / 1e9,
         tpot_s=0.0 if costs.batch else costs.targets.tpot_ns / 1e9,
         weight_bytes=checkpoint.weight_bytes,
-        profile=profile.kind,
     )

@@ -76,21 +76,17 @@ class ModelInfo:
         name: What clients call it.
         path: Local folder with its tokenizer.
         max_context: Most tokens of prompt and output together.
-        eos: Its end-of-sequence tokens.
         ttft_s: Target of the first token.
         tpot_s: Target per further token; 0 for none.
         weight_bytes: All weights.
-        profile: ``measured`` or ``derived``.
     """
 
     name: str
     path: str
     max_context: int
-    eos: tuple[int, ...]
     ttft_s: float
     tpot_s: float
     weight_bytes: int
-    profile: str
 
 
 @dataclass(frozen=True, slots=True)

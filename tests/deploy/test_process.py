@@ -28,7 +28,7 @@ from mmrl.deploy.protocol import (
 from mmrl.errors import InputError, MmrlError
 from tests.deploy.made_up_engine import made_up_state
 
-INFO = ModelInfo("a", "a", 100, (1,), 2.0, 0.1, 1000, "derived")
+INFO = ModelInfo("a", "a", 100, 2.0, 0.1, 1000)
 LAST, ENDLESS, DEADLY = 5, 6, 7  # prompts: one token is the answer; none ever comes; the end of it
 FULL, QUARANTINED = 8, 9  # refused
 Scene = Callable[[EngineClient], Awaitable[None]]

@@ -38,6 +38,7 @@ from mmrl.rules import Rule
 
 FAILURES = 3  # failed iterations in a row after which a model is quarantined
 DECISIONS = 100  # that the engine remembers
+OUT_OF_MEMORY = (torch.OutOfMemoryError, OutOfDeviceMemory)
 STANDSTILL_S = 1.0  # without memory that was granted, until something is said and done
 
 log = logging.getLogger("mmrl.engine")
@@ -228,11 +229,13 @@ class Engine:
 
     def _instant(self, ended: set[str]) -> None:
         node = self.node
-        self._fail_on_transfer_errors(ended)
-        node.advance(self.clock.now_ns(), h2d=H2D in ended, d2h=D2H in ended)
+        short = self._fail_on_transfer_errors(ended)
+        node.advance(self.clock.now_ns(), h2d=H2D in ended and not short, d2h=D2H in ended)
         for worker in ended & {H2D, D2H}:
             _, done = self._lanes[worker].finish()
-            if self.watch is not None:
+            if worker == H2D and short:
+                self._fail_load(done.error)
+            elif self.watch is not None:
                 self.watch(worker, done)
         if COMPUTE in ended:
             self._end_compute()
@@ -333,11 +336,29 @@ class Engine:
 
     # ------------------------------------------------------------------ ends
 
-    def _fail_on_transfer_errors(self, ended: set[str]) -> None:
+    def _fail_on_transfer_errors(self, ended: set[str]) -> bool:
+        """Return whether a load found no device memory; any other error is raised."""
+        short = False
         for worker in ended & {H2D, D2H}:
             task = self._lanes[worker].current
-            if task is not None and task.done.error is not None:
-                raise task.done.error
+            error = None if task is None else task.done.error
+            if error is not None:
+                short = isinstance(task.of, ServedModel) and isinstance(error, OUT_OF_MEMORY)
+                if not short:
+                    raise error
+        return short
+
+    def _fail_load(self, error: BaseException) -> None:
+        """Deal with a load that found no device memory; its model's sequences continue later."""
+        m = int(self.node.state.h2d_model)
+        self.node.fail_load()
+        self._empty_cache()
+        self._count_failure(m, "a load", error)
+
+    def _empty_cache(self) -> None:
+        """Give the device what torch has to spare."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _end_compute(self) -> None:
         job, done = self.iterations.end_compute()
@@ -404,7 +425,7 @@ class Engine:
         for sequence, error in wrong.items():
             self._end(sequence, Tokens((), Finish.ERROR, _describe(error)))
         if job.failed:
-            self._count_failure(job.model, next(iter(wrong.values())))
+            self._count_failure(job.model, "an iteration", next(iter(wrong.values())))
             return
         for error in wrong.values():
             log.error("a sequence of %s failed", self.names[job.model], exc_info=error)
@@ -412,22 +433,21 @@ class Engine:
     def _fail(self, job: Job, error: BaseException) -> None:
         """Deal with an iteration that raised as a whole."""
         given_up = isinstance(error, Abandoned)  # for memory's sake: its model did nothing wrong
-        memory = given_up or isinstance(error, torch.OutOfMemoryError | OutOfDeviceMemory)
+        memory = given_up or isinstance(error, OUT_OF_MEMORY)
         self.node.fail_iteration(job.model, link_bound=job.gate is not None, out=memory)
         if given_up:
             return
-        self._count_failure(job.model, error)
+        self._count_failure(job.model, "an iteration", error)
         if memory:
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._empty_cache()
             if not self.models[job.model].quarantined:
                 return  # its sequences are preempted and continue later
         for sequence in job.batch:
             self._end(sequence, Tokens((), Finish.ERROR, _describe(error)))
 
-    def _count_failure(self, m: int, error: BaseException) -> None:
+    def _count_failure(self, m: int, what: str, error: BaseException) -> None:
         model = self.models[m]
-        log.error("an iteration of %s failed", model.name, exc_info=error)
+        log.error("%s of %s failed", what, model.name, exc_info=error)
         model.failures += 1
         if model.failures >= FAILURES and not model.quarantined:
             model.quarantined = True

@@ -396,6 +396,7 @@ def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> No
     adapter.reverted = True
     adapter.decide(node.nodes, node.table)
     node.preload(0)
+    node.fail_load()
     node.end_output(0)
     node.fail_iteration(0, link_bound=False, out=True)
     node.cancel(0)

@@ -240,6 +240,10 @@ class LiveNode:
         """End an iteration with nothing produced; ``out``: and put its model out."""
         transitions.fail_iteration(self.nodes, self.table, m, link_bound, out)
 
+    def fail_load(self) -> None:
+        """End the load piece on the link, which has not landed, and put its model out."""
+        transitions.fail_load(self.nodes, self.table)
+
     def preload(self, m: int) -> bool:
         """Load all of a model if it fits; return whether it does."""
         return bool(transitions.preload_model(self.nodes, self.table, m))

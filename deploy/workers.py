@@ -21,6 +21,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from mmrl.deploy.memory import wait_for_stream
+
 WAITING_S = 0.25  # between two signs of life of a loop that waits
 
 
@@ -173,9 +175,8 @@ class Worker:
 
     def _wait_for_device(self) -> None:
         """Wait for what a job that raised had launched: its memory is given back after its end."""
-        if self._device.type == "cuda":
-            with contextlib.suppress(RuntimeError):  # a broken device: the job's own error says so
-                torch.cuda.current_stream(self._device).synchronize()
+        with contextlib.suppress(RuntimeError):  # a broken device: the job's own error says so
+            wait_for_stream(self._device)
 
     def _end(self) -> None:
         while (one := self._launched.get()) is not None:

@@ -19,7 +19,9 @@ from mmrl.node.state import (
     DECODE,
     IDLE,
     JOINING,
+    LINK_IDLE,
     LINK_RESTORE,
+    NEVER,
     PREFILL,
     QUEUED,
     RESTORING,
@@ -102,6 +104,14 @@ def fail_link_bound(s: Record) -> None:
     """End the link-bound iteration in flight with nothing produced."""
     s.lb_kind = IDLE
     s.lb_layers = 0
+
+
+@jit
+def fail_piece(s: Record) -> None:
+    """End the load piece on the link, which has not landed."""
+    s.h2d_busy_ns += s.now_ns - s.h2d_start_ns
+    s.h2d_kind = LINK_IDLE
+    s.h2d_end_ns = NEVER
 
 
 @jit

@@ -977,6 +977,46 @@ def test_a_device_out_of_memory_loses_nothing(closing: list[Fleet]) -> None:
     assert engine.node.state.preempted[0] > 0 and not engine.models[0].quarantined
 
 
+@pytest.mark.parametrize("verbs", ["core", "full"])
+def test_a_load_that_finds_no_memory_loses_nothing(verbs: str, closing: list[Fleet]) -> None:
+    models = checkpoints(2)
+    asked = [request(seed % 2, 30, 40, seed, sampling=Sampling(0.0)) for seed in range(4)]
+    wanted = expected(models, asked, closing)
+    fleet = fleet_of(models, 3.0, verbs=verbs)
+    closing.append(fleet)
+    engine, heard = fleet.engine, Listener(fleet.engine)
+    weights, calls = engine.models[0].weights, 0
+    load = weights._range.materialise
+
+    def full(*bounds: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (3, 4):
+            raise OutOfDeviceMemory("no memory", "")
+        load(*bounds)
+
+    weights._range.materialise = full  # type: ignore[method-assign]
+    engine.begin()
+    for number, one in enumerate(asked):
+        engine.submit(number, one)
+    run(engine, lambda: len(heard.finish) == 4)
+    assert [heard.tokens[n] for n in range(4)] == wanted and calls > 4
+    assert not engine.models[0].quarantined
+
+
+def test_a_model_that_never_finds_memory_is_quarantined(closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing)
+
+    def full(*bounds: int) -> None:
+        raise OutOfDeviceMemory("no memory", "")
+
+    engine.models[0].weights._range.materialise = full  # type: ignore[method-assign]
+    engine.submit(0, request(0, 20, 5))
+    engine.submit(1, request(1, 20, 5))
+    run(engine, lambda: len(heard.finish) == 2)
+    assert heard.finish == {0: Finish.ERROR, 1: Finish.LENGTH} and engine.models[0].quarantined
+
+
 def test_a_full_queue_refuses(closing: list[Fleet], monkeypatch: pytest.MonkeyPatch) -> None:
     engine, heard = one_model(closing)
     for number in range(300):

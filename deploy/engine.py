@@ -22,7 +22,7 @@ from mmrl.agents.export import ExportedPolicy
 from mmrl.deploy.adapter import DeployAdapter
 from mmrl.deploy.clock import COMPUTE, D2H, H2D, LINK_BOUND, Clock, RealTime
 from mmrl.deploy.iterations import Iterations, Job
-from mmrl.deploy.kv import HostKV
+from mmrl.deploy.kv import HostFull, HostKV
 from mmrl.deploy.memory import OutOfDeviceMemory
 from mmrl.deploy.node import LiveNode
 from mmrl.deploy.physical import PhysicalMemory
@@ -230,11 +230,11 @@ class Engine:
     def _instant(self, ended: set[str]) -> None:
         node = self.node
         short = self._fail_on_transfer_errors(ended)
-        node.advance(self.clock.now_ns(), h2d=H2D in ended and not short, d2h=D2H in ended)
+        node.advance(self.clock.now_ns(), h2d=H2D in ended - short, d2h=D2H in ended - short)
         for worker in ended & {H2D, D2H}:
             _, done = self._lanes[worker].finish()
-            if worker == H2D and short:
-                self._fail_load(done.error)
+            if worker in short:
+                self._fail_transfer(worker, done.error)
             elif self.watch is not None:
                 self.watch(worker, done)
         if COMPUTE in ended:
@@ -336,20 +336,26 @@ class Engine:
 
     # ------------------------------------------------------------------ ends
 
-    def _fail_on_transfer_errors(self, ended: set[str]) -> bool:
-        """Return whether a load found no device memory; any other error is raised."""
-        short = False
+    def _fail_on_transfer_errors(self, ended: set[str]) -> set[str]:
+        """Return whose transfers found no memory: a load, a save. Any other error is raised."""
+        short = set()
         for worker in ended & {H2D, D2H}:
-            task = self._lanes[worker].current
-            error = None if task is None else task.done.error
-            if error is not None:
-                short = isinstance(task.of, ServedModel) and isinstance(error, OUT_OF_MEMORY)
-                if not short:
-                    raise error
+            task: Any = self._lanes[worker].current
+            error = task.done.error
+            if isinstance(error, HostFull) or (
+                isinstance(error, OUT_OF_MEMORY) and isinstance(task.of, ServedModel)
+            ):
+                short.add(worker)
+            elif error is not None:
+                raise error
         return short
 
-    def _fail_load(self, error: BaseException) -> None:
-        """Deal with a load that found no device memory; its model's sequences continue later."""
+    def _fail_transfer(self, worker: str, error: BaseException | None) -> None:
+        """Deal with a transfer that found no memory; the sequences that it is for go on later."""
+        if worker == D2H:
+            log.error("a save failed: its sequence is computed again", exc_info=error)
+            self.node.fail_save()
+            return
         m = int(self.node.state.h2d_model)
         self.node.fail_load()
         self._empty_cache()
@@ -445,7 +451,7 @@ class Engine:
         for sequence in job.batch:
             self._end(sequence, Tokens((), Finish.ERROR, _describe(error)))
 
-    def _count_failure(self, m: int, what: str, error: BaseException) -> None:
+    def _count_failure(self, m: int, what: str, error: BaseException | None) -> None:
         model = self.models[m]
         log.error("%s of %s failed", what, model.name, exc_info=error)
         model.failures += 1

@@ -397,6 +397,7 @@ def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> No
     adapter.decide(node.nodes, node.table)
     node.preload(0)
     node.fail_load()
+    node.fail_save()
     node.end_output(0)
     node.fail_iteration(0, link_bound=False, out=True)
     node.cancel(0)

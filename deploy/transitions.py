@@ -24,6 +24,7 @@ from mmrl.node.external import (
     fail_compute,
     fail_link_bound,
     fail_piece,
+    fail_save,
     preload,
 )
 from mmrl.node.jit import jit
@@ -266,6 +267,14 @@ def fail_load(nodes: Nodes, table: Nodes) -> None:
     s, r = nodes[0], table[0]
     fail_piece(s)
     put_out(s, s.h2d_model)
+    settle_memory(s, r)
+
+
+@jit
+def drop_save(nodes: Nodes, table: Nodes) -> None:
+    """End the save on the link, which found no room on the host."""
+    s, r = nodes[0], table[0]
+    fail_save(s, r)
     settle_memory(s, r)
 
 

@@ -20,6 +20,7 @@ from mmrl.deploy.clock import RealTime, SimulatedTime
 from mmrl.deploy.config import build_config
 from mmrl.deploy.engine import FAILURES, Engine
 from mmrl.deploy.fleet import Fleet, open_fleet
+from mmrl.deploy.kv import HostFull
 from mmrl.deploy.memory import BudgetExceeded, OutOfDeviceMemory
 from mmrl.deploy.process import Orders, follow
 from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
@@ -1002,6 +1003,39 @@ def test_a_load_that_finds_no_memory_loses_nothing(verbs: str, closing: list[Fle
     run(engine, lambda: len(heard.finish) == 4)
     assert [heard.tokens[n] for n in range(4)] == wanted and calls > 4
     assert not engine.models[0].quarantined
+
+
+def test_a_save_that_finds_no_room_is_computed_again(closing: list[Fleet]) -> None:
+    models = checkpoints(1)
+    asked = [request(0, 30, 40, seed, sampling=Sampling(0.0)) for seed in range(4)]
+    wanted = expected(models, asked, closing)
+    fleet = fleet_of(models, 3.0)
+    closing.append(fleet)
+    engine, heard, s = fleet.engine, Listener(fleet.engine), fleet.engine.node.state
+    save, calls = engine.host_kv.save, 0
+
+    def full(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise HostFull("no room", "")
+        save(*arguments)
+
+    engine.host_kv.save = full  # type: ignore[method-assign]
+    verb = decide_by_hand(engine)
+    assert engine.preload(0)
+    engine.begin()
+    for number, one in enumerate(asked):
+        engine.submit(number, one)
+    run(engine, lambda: all(len(heard.tokens.get(n, [])) > 2 for n in range(4)))
+    verb(0, OUT)
+    run(engine, lambda: calls == 4 and s.saved[0] == 3)
+    assert s.kv_dropped[0] == 1 and s.queue_len[0] == 1
+    assert engine.preload(0)
+    run(engine, lambda: len(heard.finish) == 4)
+    assert [heard.tokens[n] for n in range(4)] == wanted
+    run(engine, lambda: s.in_system == 0 and engine.models[0].pool.blocks == 0)
+    assert s.host_kv_bytes == engine.host_kv.used_bytes == s.saving_blocks[0] == 0
 
 
 def test_a_model_that_never_finds_memory_is_quarantined(closing: list[Fleet]) -> None:

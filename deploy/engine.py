@@ -22,7 +22,7 @@ from mmrl.agents.export import ExportedPolicy
 from mmrl.deploy.adapter import DeployAdapter
 from mmrl.deploy.clock import COMPUTE, D2H, H2D, LINK_BOUND, Clock, RealTime
 from mmrl.deploy.iterations import Iterations, Job
-from mmrl.deploy.kv import HostKV
+from mmrl.deploy.kv import HostFull, HostKV
 from mmrl.deploy.memory import OutOfDeviceMemory
 from mmrl.deploy.node import LiveNode
 from mmrl.deploy.physical import PhysicalMemory
@@ -38,6 +38,7 @@ from mmrl.rules import Rule
 
 FAILURES = 3  # failed iterations in a row after which a model is quarantined
 DECISIONS = 100  # that the engine remembers
+OUT_OF_MEMORY = (torch.OutOfMemoryError, OutOfDeviceMemory)
 STANDSTILL_S = 1.0  # without memory that was granted, until something is said and done
 
 log = logging.getLogger("mmrl.engine")
@@ -228,11 +229,13 @@ class Engine:
 
     def _instant(self, ended: set[str]) -> None:
         node = self.node
-        self._fail_on_transfer_errors(ended)
-        node.advance(self.clock.now_ns(), h2d=H2D in ended, d2h=D2H in ended)
+        short = self._fail_on_transfer_errors(ended)
+        node.advance(self.clock.now_ns(), h2d=H2D in ended - short, d2h=D2H in ended - short)
         for worker in ended & {H2D, D2H}:
             _, done = self._lanes[worker].finish()
-            if self.watch is not None:
+            if worker in short:
+                self._fail_transfer(worker, done.error)
+            elif self.watch is not None:
                 self.watch(worker, done)
         if COMPUTE in ended:
             self._end_compute()
@@ -333,11 +336,35 @@ class Engine:
 
     # ------------------------------------------------------------------ ends
 
-    def _fail_on_transfer_errors(self, ended: set[str]) -> None:
+    def _fail_on_transfer_errors(self, ended: set[str]) -> set[str]:
+        """Return whose transfers found no memory: a load, a save. Any other error is raised."""
+        short = set()
         for worker in ended & {H2D, D2H}:
-            task = self._lanes[worker].current
-            if task is not None and task.done.error is not None:
-                raise task.done.error
+            task: Any = self._lanes[worker].current
+            error = task.done.error
+            if isinstance(error, HostFull) or (
+                isinstance(error, OUT_OF_MEMORY) and isinstance(task.of, ServedModel)
+            ):
+                short.add(worker)
+            elif error is not None:
+                raise error
+        return short
+
+    def _fail_transfer(self, worker: str, error: BaseException | None) -> None:
+        """Deal with a transfer that found no memory; the sequences that it is for go on later."""
+        if worker == D2H:
+            log.error("a save failed: its sequence is computed again", exc_info=error)
+            self.node.fail_save()
+            return
+        m = int(self.node.state.h2d_model)
+        self.node.fail_load()
+        self._empty_cache()
+        self._count_failure(m, "a load", error)
+
+    def _empty_cache(self) -> None:
+        """Give the device what torch has to spare."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _end_compute(self) -> None:
         job, done = self.iterations.end_compute()
@@ -371,7 +398,8 @@ class Engine:
 
     def _take(self, job: Job) -> None:
         """Give the tokens of an iteration to its sequences, before the state does."""
-        self.models[job.model].failures = 0
+        if not job.failed:
+            self.models[job.model].failures = 0
         if not job.last:
             return
         for sequence, place in job.batch.items():
@@ -392,34 +420,40 @@ class Engine:
                 self._outgoing.append((sequence.number, Tokens((token,))))
 
     def _finish(self, job: Job) -> None:
-        """Fail the sequences of an iteration for which it raised, after its end."""
+        """Fail the sequences of an iteration for which it raised, after its end.
+
+        Where others of the batch have their tokens, the model works.
+        """
         if not job.last:
             return
-        for sequence, place in job.batch.items():
-            token = job.result[place]
-            if isinstance(token, BaseException):
-                self._count_failure(job.model, token)
-                self._end(sequence, Tokens((), Finish.ERROR, _describe(token)))
+        wrong = {q: job.result[place] for q, place in job.batch.items()}
+        wrong = {q: error for q, error in wrong.items() if isinstance(error, BaseException)}
+        for sequence, error in wrong.items():
+            self._end(sequence, Tokens((), Finish.ERROR, _describe(error)))
+        if job.failed:
+            self._count_failure(job.model, "an iteration", next(iter(wrong.values())))
+            return
+        for error in wrong.values():
+            log.error("a sequence of %s failed", self.names[job.model], exc_info=error)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         """Deal with an iteration that raised as a whole."""
         given_up = isinstance(error, Abandoned)  # for memory's sake: its model did nothing wrong
-        memory = given_up or isinstance(error, torch.OutOfMemoryError | OutOfDeviceMemory)
+        memory = given_up or isinstance(error, OUT_OF_MEMORY)
         self.node.fail_iteration(job.model, link_bound=job.gate is not None, out=memory)
         if given_up:
             return
-        self._count_failure(job.model, error)
+        self._count_failure(job.model, "an iteration", error)
         if memory:
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._empty_cache()
             if not self.models[job.model].quarantined:
                 return  # its sequences are preempted and continue later
         for sequence in job.batch:
             self._end(sequence, Tokens((), Finish.ERROR, _describe(error)))
 
-    def _count_failure(self, m: int, error: BaseException) -> None:
+    def _count_failure(self, m: int, what: str, error: BaseException | None) -> None:
         model = self.models[m]
-        log.error("an iteration of %s failed", model.name, exc_info=error)
+        log.error("%s of %s failed", what, model.name, exc_info=error)
         model.failures += 1
         if model.failures >= FAILURES and not model.quarantined:
             model.quarantined = True
@@ -443,15 +477,19 @@ class Engine:
             state = self.node.requests[sequence.row]["state"]
             if state == UNARRIVED or (state < DONE and not self.node.cancel(sequence.row)):
                 left.append(sequence)
+            else:
+                self._memory.forget(sequence)
         self._cancelling = left
 
     def _welcome(self) -> None:
         """Tell the front which of the new requests are in."""
         for sequence in self._new:
             if self.node.requests[sequence.row]["state"] == REFUSED:
-                sequence.ending = True
-                del self._numbers[sequence.number]
-                self.refuse(sequence.number, "queue_full", "the queue of the model is full")
+                if not sequence.ending:  # cancelled before it arrived
+                    sequence.ending = True
+                    del self._numbers[sequence.number]
+                    self.refuse(sequence.number, "queue_full", "the queue of the model is full")
+                self._memory.forget(sequence)
             else:
                 self.accept(sequence.number)
         self._new.clear()
@@ -463,6 +501,7 @@ class Engine:
 
     def _compact(self) -> None:
         self.inbox.wait(lambda: self.iterations.ahead_model < 0)
+        self._retry_cancels()
         self._memory.give_back()
         moved = self.node.compact()
         self._memory.unsettled = [int(moved[row]) for row in self._memory.unsettled]

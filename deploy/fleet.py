@@ -5,10 +5,10 @@ before the first gigabyte is read.
 """
 
 import gc
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -42,6 +42,7 @@ from mmrl.profiles.schema import Profile
 from mmrl.rules import Rule, get_rule, rule_names
 from mmrl.scenarios.targets import TargetNumbers
 
+CHAMPION = "slack"  # the rule that decides where the policy does not
 LEAST_TOKENS = 1024  # of KV that the largest model must have room for
 
 Progress = Callable[[str, int, int], None]
@@ -197,7 +198,7 @@ def open_fleet(
     host_kv = HostKV(int(config.node.host_kv), page_locked=device.type == "cuda")
     engine = Engine(served, node, adapter, host_kv, device, clock)
     _prepare(engine, config.models)
-    infos = tuple(map(_info, config.models, opened, [one.profile for one in found], costs))
+    infos = tuple(map(_info, config.models, opened, costs))
     name = f"{DEFAULT}, the shipped one" if adapter.name == DEFAULT else adapter.name
     here = (
         f"{device_name(device)}, {size_text(place.budget_bytes)} for "
@@ -353,7 +354,7 @@ def _decided(
 
     def decider(node: LiveNode) -> DeployAdapter:
         tables = node.decode_tables, node.prefill_tables
-        return DeployAdapter(policy, get_rule("slack"), *tables, deadline_s=deadline_s)
+        return DeployAdapter(policy, get_rule(CHAMPION), *tables, deadline_s=deadline_s)
 
     _compile(LiveNode.of(costs, numbers), decider)
     node = LiveNode.of(costs, numbers)
@@ -395,6 +396,8 @@ def _compile(node: LiveNode, decider: Callable[[LiveNode], DeployAdapter]) -> No
     adapter.reverted = True
     adapter.decide(node.nodes, node.table)
     node.preload(0)
+    node.fail_load()
+    node.fail_save()
     node.end_output(0)
     node.fail_iteration(0, link_bound=False, out=True)
     node.cancel(0)
@@ -413,7 +416,7 @@ def find_policy(name: str, field: str = "node.policy") -> ExportedPolicy | Rule:
     """
     if name in rule_names():
         return get_rule(name)
-    if name != DEFAULT and not Path(name).exists():
+    if name != DEFAULT and not os.path.exists(name):  # False too for what cannot be a path
         raise InputError(
             f"{field}: '{name}' is neither a rule nor the folder of a trained policy",
             nearest(name, [*rule_names(), DEFAULT])
@@ -477,18 +480,14 @@ def _check_budget(
             )
 
 
-def _info(
-    model: ModelConfig, checkpoint: Checkpoint, profile: Profile, costs: ModelCosts
-) -> ModelInfo:
+def _info(model: ModelConfig, checkpoint: Checkpoint, costs: ModelCosts) -> ModelInfo:
     context = checkpoint.max_context
     return ModelInfo(
         name=model.name,
         path=str(checkpoint.path),
         max_context=min(context, model.max_context or context),
         vocabulary=checkpoint.vocabulary,
-        eos=checkpoint.eos,
         ttft_s=(costs.targets.batch_ttft_ns if costs.batch else costs.targets.ttft_ns) / 1e9,
         tpot_s=0.0 if costs.batch else costs.targets.tpot_ns / 1e9,
         weight_bytes=checkpoint.weight_bytes,
-        profile=profile.kind,
     )

@@ -56,6 +56,12 @@ class Job(Task):
     serial: int = -1
     wait: Callable[[], list[int]] = list
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended and raised for every sequence that counts."""
+        outcomes = [self.result[place] for place in self.batch.values()] if self.last else []
+        return bool(outcomes) and all(isinstance(one, BaseException) for one in outcomes)
+
     def __post_init__(self) -> None:
         self.batch = {sequence: place for place, sequence in enumerate(self.sequences)}
 

@@ -240,6 +240,14 @@ class LiveNode:
         """End an iteration with nothing produced; ``out``: and put its model out."""
         transitions.fail_iteration(self.nodes, self.table, m, link_bound, out)
 
+    def fail_load(self) -> None:
+        """End the load piece on the link, which has not landed, and put its model out."""
+        transitions.fail_load(self.nodes, self.table)
+
+    def fail_save(self) -> None:
+        """End the save on the link, which found no room: its sequence is computed again."""
+        transitions.drop_save(self.nodes, self.table)
+
     def preload(self, m: int) -> bool:
         """Load all of a model if it fits; return whether it does."""
         return bool(transitions.preload_model(self.nodes, self.table, m))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from mmrl.deploy.iterations import Iterations
 from mmrl.deploy.memory import BudgetExceeded
 from mmrl.deploy.node import LiveNode
-from mmrl.deploy.served import Rows, ServedModel
+from mmrl.deploy.served import Rows, Sequence_, ServedModel
 from mmrl.deploy.transfers import Transfers
 from mmrl.deploy.weights import ModelWeights
 from mmrl.node.state import DONE
@@ -74,6 +74,15 @@ class PhysicalMemory:
             if self._node.requests[row]["state"] >= DONE:
                 del self._rows[row]
         self.unsettled = left
+
+    def forget(self, sequence: Sequence_) -> None:
+        """Forget a request that has ended, unless it holds blocks: then they are given back first.
+
+        One that ends before it has begun never held any, but its prompt takes memory.
+        """
+        row = sequence.row
+        if self._node.blocks(row) == 0 and row not in self.unsettled:
+            self._rows.pop(row, None)
 
     def take_granted(self) -> bool:
         """Take what the state has granted.

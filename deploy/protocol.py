@@ -77,22 +77,18 @@ class ModelInfo:
         path: Local folder with its tokenizer.
         max_context: Most tokens of prompt and output together.
         vocabulary: How many token ids it has rows for; its tokenizer may know more.
-        eos: Its end-of-sequence tokens.
         ttft_s: Target of the first token.
         tpot_s: Target per further token; 0 for none.
         weight_bytes: All weights.
-        profile: ``measured`` or ``derived``.
     """
 
     name: str
     path: str
     max_context: int
     vocabulary: int
-    eos: tuple[int, ...]
     ttft_s: float
     tpot_s: float
     weight_bytes: int
-    profile: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ from mmrl.node.external import (
     end_at_next_token,
     fail_compute,
     fail_link_bound,
+    fail_piece,
+    fail_save,
     preload,
 )
 from mmrl.node.jit import jit
@@ -256,6 +258,23 @@ def fail_iteration(nodes: Nodes, table: Nodes, m: int, link_bound: bool, out: bo
         fail_compute(s)
     if out:
         put_out(s, m)
+    settle_memory(s, r)
+
+
+@jit
+def fail_load(nodes: Nodes, table: Nodes) -> None:
+    """End the load piece on the link, which has not landed, and put its model out."""
+    s, r = nodes[0], table[0]
+    fail_piece(s)
+    put_out(s, s.h2d_model)
+    settle_memory(s, r)
+
+
+@jit
+def drop_save(nodes: Nodes, table: Nodes) -> None:
+    """End the save on the link, which found no room on the host."""
+    s, r = nodes[0], table[0]
+    fail_save(s, r)
     settle_memory(s, r)
 
 

@@ -10,6 +10,7 @@ queued behind it before the state asks for it. The worker then goes on without w
 where the state decides otherwise after all, a task that came ahead is dropped.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -19,6 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from mmrl.deploy.memory import wait_for_stream
+
+WAITING_S = 0.25  # between two signs of life of a loop that waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +78,11 @@ class Inbox:
 
     Attributes:
         calls: Functions that the loop is to call, in order.
+        waiting: Called some times a second while the loop waits for a condition.
     """
 
     def __init__(self) -> None:
+        self.waiting: Callable[[], None] = lambda: None
         self.calls: deque[Callable[[], None]] = deque()
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -102,7 +109,8 @@ class Inbox:
     def wait(self, condition: Callable[[], bool]) -> None:
         """Take messages in until a condition holds."""
         while not condition():
-            self.receive(60.0)
+            self.receive(WAITING_S)
+            self.waiting()
 
 
 class Worker:
@@ -157,12 +165,18 @@ class Worker:
                     result = job()
                 except Exception as caught:  # the loop decides what it means
                     error = caught
+                    self._wait_for_device()
                 if isinstance(result, Launched):
                     self._launched.put((result, begun, tag))
                 else:
                     self._report(result, error, begun, tag)
                 del job, order, result, error, tag
         self._launched.put(None)
+
+    def _wait_for_device(self) -> None:
+        """Wait for what a job that raised had launched: its memory is given back after its end."""
+        with contextlib.suppress(RuntimeError):  # a broken device: the job's own error says so
+            wait_for_stream(self._device)
 
     def _end(self) -> None:
         while (one := self._launched.get()) is not None:

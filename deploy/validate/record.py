@@ -6,10 +6,12 @@ numbers of the node and the profiles of its models.
 """
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -307,11 +309,11 @@ class Recording:
         """
         remedy = "measure again: mmrl validate run"
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as data, np.load(data, allow_pickle=False) as file:
                 arrays: Arrays = {name: file[name] for name in file.files}
             header = json.loads(arrays.pop("header").tobytes())
             version = header["format"]
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise InputError(f"{path}: cannot read the recording: {error}", remedy) from error
         if version != FORMAT:
             raise InputError(f"{path}: format {version}, this version reads {FORMAT}", remedy)

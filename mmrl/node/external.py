@@ -13,13 +13,15 @@ from mmrl.node.actions import (
 )
 from mmrl.node.jit import jit
 from mmrl.node.memory import computes, drop_from
-from mmrl.node.requests import change_batch, change_urgency, flush_steps
+from mmrl.node.requests import change_batch, change_urgency, flush_steps, unqueue_begun
 from mmrl.node.state import (
     CANCELLED,
     DECODE,
     IDLE,
     JOINING,
+    LINK_IDLE,
     LINK_RESTORE,
+    NEVER,
     PREFILL,
     QUEUED,
     RESTORING,
@@ -102,6 +104,31 @@ def fail_link_bound(s: Record) -> None:
     """End the link-bound iteration in flight with nothing produced."""
     s.lb_kind = IDLE
     s.lb_layers = 0
+
+
+@jit
+def fail_piece(s: Record) -> None:
+    """End the load piece on the link, which has not landed."""
+    s.h2d_busy_ns += s.now_ns - s.h2d_start_ns
+    s.h2d_kind = LINK_IDLE
+    s.h2d_end_ns = NEVER
+
+
+@jit
+def fail_save(s: Record, r: Nodes) -> None:
+    """End the save on the link, if any, which found no room on the host: the KV is dropped."""
+    i = s.d2h_request
+    if i < 0:
+        return
+    request = r[i]
+    m = request.model
+    s.d2h_busy_ns += s.now_ns - s.d2h_start_ns
+    s.d2h_request = -1
+    s.d2h_end_ns = NEVER
+    s.saving_blocks[m] -= request.blocks
+    s.host_kv_bytes -= request.blocks * s.block_bytes[m]
+    s.kv_dropped[m] += 1
+    unqueue_begun(s, r, m, i)
 
 
 @jit

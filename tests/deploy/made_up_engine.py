@@ -150,11 +150,9 @@ def make_engine(folder: Path, names: tuple[str, ...] = ("alpha", "beta")) -> Mad
             path=str(folder),
             max_context=128,
             vocabulary=300,
-            eos=(1,),
             ttft_s=(2.0, 1.0, 5.0, 0.5, 3.0, 1.0)[i % 6],
             tpot_s=(0.1, 0.05, 0.0, 0.05, 0.1, 0.08)[i % 6],
             weight_bytes=int(sizes[i % 6]),
-            profile="measured",
         )
         for i, name in enumerate(names)
     }

@@ -23,3 +23,9 @@ def test_what_came_while_the_loop_waited_for_a_worker_is_done_at_once() -> None:
     inbox.calls.clear()
     RealTime().wait(engine)
     assert waited[0] == 0 < waited[1]
+
+
+def test_a_loop_that_waits_for_a_worker_gives_signs_of_life() -> None:
+    inbox, signs = Inbox(), list[None]()
+    inbox.waiting = lambda: signs.append(None)
+    inbox.wait(lambda: len(signs) > 1)  # though no message ever comes

@@ -20,7 +20,9 @@ from mmrl.deploy.clock import RealTime, SimulatedTime
 from mmrl.deploy.config import build_config
 from mmrl.deploy.engine import FAILURES, Engine
 from mmrl.deploy.fleet import Fleet, open_fleet
+from mmrl.deploy.kv import HostFull
 from mmrl.deploy.memory import BudgetExceeded, OutOfDeviceMemory
+from mmrl.deploy.process import Orders, follow
 from mmrl.deploy.protocol import Finish, Generate, Sampling, Tokens
 from mmrl.deploy.reasons import reason
 from mmrl.deploy.served import Sequence_
@@ -862,6 +864,26 @@ def test_a_cancelled_request_frees_its_memory(when: str, closing: list[Fleet]) -
     assert len(heard.tokens[2]) == 5
 
 
+def test_a_request_that_ends_before_it_begins_is_forgotten(closing: list[Fleet]) -> None:
+    """Not only when the table of requests is full: until then its prompt takes memory."""
+    engine, heard = one_model(closing)
+    engine.submit(0, request(0, 400, 100))
+    run(engine, lambda: 0 in heard.tokens)
+    for number in range(1, 300):
+        engine.submit(number, request(0, 400, 100))
+    engine.run_instant()
+    for number in range(100, 300):
+        engine.cancel(number)
+    engine.submit(300, request(0, 400, 100))  # in and out within an instant
+    engine.cancel(300)
+    run(engine, lambda: set(range(100, 301)) <= {*heard.finish, *heard.refused})
+    run(engine, lambda: len(engine._rows) == engine.open_requests)
+    for number in range(100):
+        engine.cancel(number)
+    run(engine, lambda: engine.node.state.in_system == 0)
+    run(engine, lambda: not engine._rows)
+
+
 def test_a_failing_request_takes_no_other_with_it(closing: list[Fleet]) -> None:
     engine, heard = one_model(closing)
     runner = engine.models[0].runner
@@ -882,6 +904,29 @@ def test_a_failing_request_takes_no_other_with_it(closing: list[Fleet]) -> None:
     assert heard.finish[1] is Finish.ERROR and "poisoned" in heard.errors[1]
     assert heard.finish[0] is heard.finish[2] is Finish.LENGTH
     assert not engine.models[0].quarantined
+
+
+def test_a_step_that_fails_for_all_its_sequences_is_one_failure(closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing)
+    decode = engine.models[0].runner.launch_decode
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("broken")
+
+    def batch(first: int) -> range:
+        numbers = range(first, first + FAILURES + 1)
+        for number in numbers:
+            engine.submit(number, request(0, 20, 30, number))
+        run(engine, lambda: all(len(heard.tokens.get(n, [])) > 2 for n in numbers))
+        engine.models[0].runner.launch_decode = broken  # type: ignore[method-assign]
+        run(engine, lambda: set(numbers) <= set(heard.finish))
+        engine.models[0].runner.launch_decode = decode  # type: ignore[method-assign]
+        return numbers
+
+    for again in range(2):
+        numbers = batch(10 * again)
+        assert {heard.finish[number] for number in numbers} == {Finish.ERROR}
+        assert engine.models[0].failures == 1 and not engine.models[0].quarantined
 
 
 def test_repeated_failures_quarantine_a_model(closing: list[Fleet]) -> None:
@@ -933,6 +978,79 @@ def test_a_device_out_of_memory_loses_nothing(closing: list[Fleet]) -> None:
     assert engine.node.state.preempted[0] > 0 and not engine.models[0].quarantined
 
 
+@pytest.mark.parametrize("verbs", ["core", "full"])
+def test_a_load_that_finds_no_memory_loses_nothing(verbs: str, closing: list[Fleet]) -> None:
+    models = checkpoints(2)
+    asked = [request(seed % 2, 30, 40, seed, sampling=Sampling(0.0)) for seed in range(4)]
+    wanted = expected(models, asked, closing)
+    fleet = fleet_of(models, 3.0, verbs=verbs)
+    closing.append(fleet)
+    engine, heard = fleet.engine, Listener(fleet.engine)
+    weights, calls = engine.models[0].weights, 0
+    load = weights._range.materialise
+
+    def full(*bounds: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (3, 4):
+            raise OutOfDeviceMemory("no memory", "")
+        load(*bounds)
+
+    weights._range.materialise = full  # type: ignore[method-assign]
+    engine.begin()
+    for number, one in enumerate(asked):
+        engine.submit(number, one)
+    run(engine, lambda: len(heard.finish) == 4)
+    assert [heard.tokens[n] for n in range(4)] == wanted and calls > 4
+    assert not engine.models[0].quarantined
+
+
+def test_a_save_that_finds_no_room_is_computed_again(closing: list[Fleet]) -> None:
+    models = checkpoints(1)
+    asked = [request(0, 30, 40, seed, sampling=Sampling(0.0)) for seed in range(4)]
+    wanted = expected(models, asked, closing)
+    fleet = fleet_of(models, 3.0)
+    closing.append(fleet)
+    engine, heard, s = fleet.engine, Listener(fleet.engine), fleet.engine.node.state
+    save, calls = engine.host_kv.save, 0
+
+    def full(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise HostFull("no room", "")
+        save(*arguments)
+
+    engine.host_kv.save = full  # type: ignore[method-assign]
+    verb = decide_by_hand(engine)
+    assert engine.preload(0)
+    engine.begin()
+    for number, one in enumerate(asked):
+        engine.submit(number, one)
+    run(engine, lambda: all(len(heard.tokens.get(n, [])) > 2 for n in range(4)))
+    verb(0, OUT)
+    run(engine, lambda: calls == 4 and s.saved[0] == 3)
+    assert s.kv_dropped[0] == 1 and s.queue_len[0] == 1
+    assert engine.preload(0)
+    run(engine, lambda: len(heard.finish) == 4)
+    assert [heard.tokens[n] for n in range(4)] == wanted
+    run(engine, lambda: s.in_system == 0 and engine.models[0].pool.blocks == 0)
+    assert s.host_kv_bytes == engine.host_kv.used_bytes == s.saving_blocks[0] == 0
+
+
+def test_a_model_that_never_finds_memory_is_quarantined(closing: list[Fleet]) -> None:
+    engine, heard = one_model(closing)
+
+    def full(*bounds: int) -> None:
+        raise OutOfDeviceMemory("no memory", "")
+
+    engine.models[0].weights._range.materialise = full  # type: ignore[method-assign]
+    engine.submit(0, request(0, 20, 5))
+    engine.submit(1, request(1, 20, 5))
+    run(engine, lambda: len(heard.finish) == 2)
+    assert heard.finish == {0: Finish.ERROR, 1: Finish.LENGTH} and engine.models[0].quarantined
+
+
 def test_a_full_queue_refuses(closing: list[Fleet], monkeypatch: pytest.MonkeyPatch) -> None:
     engine, heard = one_model(closing)
     for number in range(300):
@@ -973,6 +1091,16 @@ def test_an_operator_pins_and_preloads(closing: list[Fleet]) -> None:
     run(engine, lambda: 1 in heard.finish)
     assert heard.finish[1] is Finish.LENGTH
     assert next(d.by for d in engine.decisions) == "operator"
+
+
+def test_an_engine_goes_on_with_the_orders_of_the_one_before(closing: list[Fleet]) -> None:
+    """Without its policy, where that is gone."""
+    engine, _ = one_model(closing, policy="slack")
+    follow(engine, Orders("lru", "full", pinned={"m1": True}))
+    assert engine.adapter.name == "lru" and list(engine.node.state.pinned[:2]) == [False, True]
+    engine, _ = one_model(closing, policy="slack")
+    follow(engine, Orders("gone", "full", pinned={"m0": True}))
+    assert engine.adapter.name == "slack" and engine.node.state.pinned[0]
 
 
 def test_a_trained_policy_serves(closing: list[Fleet]) -> None:

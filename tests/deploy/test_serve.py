@@ -20,6 +20,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mmrl.agents.export import DESCRIPTION
 from mmrl.cli.app import app
 from mmrl.deploy.adapter import FALLBACKS
 from mmrl.deploy.config import build_config
@@ -183,9 +184,13 @@ def test_operators_revert_and_pin(served: Served) -> None:
     wait(lambda: not served.state()["reverted"])
 
 
-def test_an_operator_lets_another_policy_decide(served: Served) -> None:
-    refused = served.http.post("/admin/policy/nobody")
-    assert refused.status_code == 409 and "neither a rule nor" in refused.text
+def test_an_operator_lets_another_policy_decide(served: Served, tmp_path: Path) -> None:
+    for name in ("nobody", 300 * "a", "%00"):  # the last two cannot be looked for
+        refused = served.http.post(f"/admin/policy/{name}")
+        assert refused.status_code == 409 and "neither a rule nor" in refused.text
+    os.mkfifo(tmp_path / DESCRIPTION)  # reading it never ends, and holds up nothing
+    with pytest.raises(httpx2.TimeoutException):
+        served.http.post(f"/admin/policy/{tmp_path}", timeout=0.5)
     assert served.http.post("/admin/policy/lru").json() == {"policy": "lru"}
     wait(lambda: served.state()["policy"] == "lru")
     answer = served.client.completions.create(model="beta", prompt="go on", max_tokens=4)
@@ -203,6 +208,8 @@ def test_a_killed_engine_is_started_again(served: Served) -> None:
         int(line.split()[0]) for line in children.splitlines() if "multiprocessing.spawn" in line
     ]
     assert pids, children
+    assert served.http.post("/admin/pin/alpha").status_code == 200
+    assert served.http.post("/admin/revert").status_code == 200
     body = {"model": "alpha", "prompt": [20] * 50, "max_tokens": 1900, "ignore_eos": True}
     with served.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
         lines = stream.iter_lines()
@@ -216,7 +223,10 @@ def test_a_killed_engine_is_started_again(served: Served) -> None:
     wait(lambda: served.http.get("/readyz").status_code == 200, 120)
     answer = served.client.completions.create(model="alpha", prompt="again", max_tokens=4)
     assert answer.choices[0].finish_reason in ("length", "stop")
-    wait(lambda: served.state()["policy"] == "lru")  # as it was changed before
+    state = served.state()  # as operators had it before
+    assert state["reverted"] and [m["name"] for m in state["models"] if m["pinned"]] == ["alpha"]
+    assert served.http.post("/admin/unpin/alpha").status_code == 200
+    assert served.http.post("/admin/restore").json() == {"policy": "lru"}
 
 
 def test_sigterm_drains_and_exits_cleanly(served: Served) -> None:

@@ -1,5 +1,6 @@
 """A run under the simulator's own clock has no error at all; a real one is measured and kept."""
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ from mmrl.deploy.adapter import DeployAdapter, Verdict
 from mmrl.deploy.fleet import Fleet
 from mmrl.deploy.transitions import observe_node
 from mmrl.deploy.validate import measure as measuring
-from mmrl.deploy.validate.compare import REPORT, compare, compare_folder, write_errors
+from mmrl.deploy.validate.compare import REPORT, compare, compare_folder
 from mmrl.deploy.validate.measure import Plan, measure, read_fleet, run_live
 from mmrl.deploy.validate.record import Recording, numbers_of
 from mmrl.deploy.validate.report import PAGE, lines, write_report
@@ -163,10 +164,19 @@ def test_a_recording_comes_back_as_it_was(runs: dict[str, Recording], recorded: 
         for array_name, array in run.arrays.items():
             assert kept.arrays[array_name].dtype == array.dtype, array_name
             np.testing.assert_array_equal(kept.arrays[array_name], array, array_name)
-    damaged = recorded.parent / "damaged.npz"
-    damaged.write_bytes(b"PK no archive")
-    with pytest.raises(InputError, match="damaged"):
-        Recording.read(damaged)
+
+
+def test_a_damaged_recording_is_refused(recorded: Path, tmp_path: Path) -> None:
+    whole = next(iter(sorted(recorded.glob("*.npz")))).read_bytes()
+    flipped = bytearray(whole)
+    with np.load(io.BytesIO(whole)) as file:  # in the middle of what is compressed
+        largest = max(file.zip.infolist(), key=lambda one: one.compress_size)
+    middle = largest.header_offset + 100 + largest.compress_size // 2
+    flipped[middle : middle + 2] = bytes(255 - byte for byte in whole[middle : middle + 2])
+    for content in (b"PK no archive", whole[: len(whole) // 2], whole[:-1], bytes(flipped), b""):
+        (tmp_path / "damaged.npz").write_bytes(content)
+        with pytest.raises(InputError, match="damaged"):
+            Recording.read(tmp_path / "damaged.npz")
 
 
 def test_the_page_needs_nothing_else(recorded: Path) -> None:
@@ -233,19 +243,9 @@ def published(value: Any, place: str = "") -> dict[str, float | None]:
     return found
 
 
-@pytest.fixture
-def folder(request: pytest.FixtureRequest) -> Path:
-    """The committed measurements; until there are any, some made under the costs' clock."""
-    if any(COMMITTED.glob("*.npz")):
-        return COMMITTED
-    made: Path = request.getfixturevalue("recorded")
-    write_errors(made, compare_folder(made)[1])
-    return made
-
-
-def test_the_published_errors_are_the_simulators(folder: Path) -> None:
-    then = published(json.loads((folder / REPORT).read_text("utf-8")))
-    now = published(compare_folder(folder)[1])
+def test_the_published_errors_are_the_simulators() -> None:
+    then = published(json.loads((COMMITTED / REPORT).read_text("utf-8")))
+    now = published(compare_folder(COMMITTED)[1])
     assert set(then) == set(now) and len(now) > 300
     apart = {
         place: (then[place], now[place])
@@ -256,8 +256,8 @@ def test_the_published_errors_are_the_simulators(folder: Path) -> None:
     assert not apart, "the simulator has changed: mmrl validate report, and see that it got better"
 
 
-def test_a_committed_file_is_small_and_whole(folder: Path) -> None:
-    files = list(folder.glob("*.npz"))
+def test_a_committed_file_is_small_and_whole() -> None:
+    files = list(COMMITTED.glob("*.npz"))
     assert files and all(file.stat().st_size < 2**20 for file in files)
-    names = {run["run"] for run in json.loads((folder / REPORT).read_text("utf-8"))["runs"]}
+    names = {run["run"] for run in json.loads((COMMITTED / REPORT).read_text("utf-8"))["runs"]}
     assert names == {file.stem for file in files}

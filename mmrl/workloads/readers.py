@@ -139,6 +139,15 @@ def read_length_pairs(path: str | Path) -> NDArray[np.int32]:
     return np.stack([columns.prompt_tokens, columns.output_tokens], axis=1).astype(np.int32)
 
 
+def is_written_trace(path: Path) -> bool:
+    """Whether a file is a trace that `Trace.to_csv` wrote: its first line tells the fleet."""
+    try:
+        with _open_text(path) as file:
+            return "models" in _json_object(file.readline().removeprefix("#"))
+    except InputError:
+        return False
+
+
 @contextmanager
 def _open_text(path: Path) -> Iterator[TextIO]:
     """Open a file, gzip or not; what cannot be read as text becomes an InputError."""

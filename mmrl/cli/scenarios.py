@@ -211,7 +211,8 @@ def _models(sampler: "EpisodeSampler", platform: int) -> Table:
         title=f"on {spec.name} ({KIND_STYLE[spec.kind]})",
         title_justify="left",
         title_style="bold",
-        caption=f"decode: a step of one sequence of {CONTEXT_TOKENS:,} tokens; KV: per token;\n"
+        caption=f"decode: a step of one sequence of {CONTEXT_TOKENS:,} tokens, overhead included;\n"
+        "KV: per token; "
         f"TTFT: target for {', '.join(f'{p:,}' for p in PROMPTS)} prompt tokens",
         caption_justify="left",
     )

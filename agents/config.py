@@ -12,6 +12,7 @@ from mmrl.scenarios.schema import Scenario
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+UNLIMITED_STEPS = 1_000_000_000  # the clock decides
 
 
 def _as_names(value: Any) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mmrl
 from mmrl.agents import runs
+from mmrl.agents.config import UNLIMITED_STEPS, build_config
 from mmrl.agents.contenders import CHAMPION
 from mmrl.agents.evaluate import Watch, evaluate
 from mmrl.agents.export import WEIGHTS
@@ -29,7 +30,6 @@ TRACE = Path(mmrl.__file__).parent / "data" / "demo_trace.csv"
 RULES = (CHAMPION, "partial@tuned", "gdsf", "lru", "static", "full-swap")
 LOADS = (0.7, 1.0, 1.3)
 MARK = "demo.json"  # says that a folder is a demo's, and how long it has trained
-UNLIMITED_STEPS = 1_000_000_000  # the clock decides
 ENVS = 128  # half as many as elsewhere: more updates in few minutes
 EVAL_EVERY = 500_000
 EVAL_EPISODES = 64
@@ -113,7 +113,6 @@ def _claim(out: Path) -> None:
 
 def _train(out: Path, run: Path, wanted_s: float, show: Show) -> None:
     """Train for what is left of the wanted time."""
-    from mmrl.agents.config import build_config
     from mmrl.agents.progress import ProgressBar
     from mmrl.agents.train import resume, train
 
@@ -152,7 +151,6 @@ def _train(out: Path, run: Path, wanted_s: float, show: Show) -> None:
 
 def _warm_up() -> None:
     """Compile what a training needs, so that the clock of the training measures training."""
-    from mmrl.agents.config import build_config
     from mmrl.agents.train import train
 
     with tempfile.TemporaryDirectory() as folder:

@@ -26,13 +26,18 @@ def provenance(scenarios: Sequence[Scenario], **more: Any) -> dict[str, Any]:
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "commit": git_commit(),
         "versions": versions(),
         "machine": {"system": platform.platform(), "processor": _processor()},
         "scenarios": {scenario.name: scenario_hash(scenario) for scenario in scenarios},
         **more,
     }
+
+
+def command_line() -> str:
+    """Return the command that this process runs, as one would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def scenario_hash(scenario: Scenario) -> str:

@@ -16,6 +16,7 @@ from mmrl.agents.headline import Headline, overall
 from mmrl.agents.report_data import Material, Report, curves, gather, trained_on
 from mmrl.agents.report_suite import suite_headline
 from mmrl.agents.results import Results
+from mmrl.agents.runs import METRICS
 from mmrl.errors import InputError
 from mmrl.files import atomic_write, refuse_foreign
 from mmrl.pages import PLOTLY, render_page
@@ -36,11 +37,16 @@ def write_report(sources: Sequence[Path], out: Path) -> Path:
         out: The folder; a report that is there already is replaced.
 
     Raises:
-        InputError: A source is nothing, cannot be read, or the folder holds something else.
+        InputError: A source is nothing or cannot be read, there is nothing to show yet, or the
+            folder holds something else.
         MmrlError: The disk is full.
     """
     check_place(out)
-    return write_files(render(gather(sources)), out)
+    material = gather(sources)
+    if not material.results and not any((run / METRICS).is_file() for run in material.runs):
+        names = ", ".join(map(str, material.runs))
+        raise InputError(f"{names}: nothing was logged or evaluated yet", "train first: mmrl train")
+    return write_files(render(material), out)
 
 
 def check_place(out: Path) -> None:

@@ -6,6 +6,7 @@ A results folder holds ``summary.json`` (figures with intervals, and where they 
 """
 
 import io
+import itertools
 import json
 import secrets
 import shutil
@@ -149,17 +150,50 @@ def is_results(folder: Path) -> bool:
     return isinstance(summary, dict) and {"version", "boards"} <= summary.keys()
 
 
-def check_place(folder: Path) -> None:
+def check_place(folder: Path, command: str | None = None) -> None:
     """Refuse a place for results that holds anything else: the folder is replaced whole.
+
+    What was measured live cannot be had again, and is never replaced.
+
+    Args:
+        folder: It may not be there, or be empty.
+        command: The one whose earlier results may be replaced, see `command_line`; None: those
+            of any command.
 
     Raises:
         InputError: It does.
     """
     ours = is_results(folder)
     refuse_foreign(folder, ours, "results")
-    others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if ours else []
+    if not ours:
+        return
+    others = sorted({path.name for path in folder.iterdir()} - set(FILES))
     if others:
         raise InputError(f"{folder} holds {others[0]} beside results", "choose another --out")
+    about = json.loads((folder / SUMMARY).read_text("utf-8")).get("provenance", {})
+    if "live" in about:
+        raise InputError(f"{folder} holds results measured live", "choose another --out")
+    if command is not None and command != about.get("command"):
+        raise InputError(
+            f"{folder} holds the results of another command", "choose another --out, or remove it"
+        )
+
+
+def free_place(folder: Path, command: str) -> Path:
+    """Return a place for results: the folder, or the first like it with a number that is free.
+
+    Args:
+        folder: Where they should stand.
+        command: See `check_place`.
+    """
+    place = folder
+    for number in itertools.count(2):
+        try:
+            check_place(place, command)
+            break
+        except InputError:
+            place = folder.with_name(f"{folder.name}-{number}")
+    return place
 
 
 def collect(

@@ -72,7 +72,8 @@ def evaluate_suite(
         The content of ``result.json``.
 
     Raises:
-        InputError: Something named is wrong, or a cell is not what was frozen.
+        InputError: Something named is wrong, a cell is not what was frozen, or the folder holds
+            something else, the result of another suite or of policies that do not play now.
         MmrlError: The disk is full.
     """
     found = get_suite(suite)
@@ -89,6 +90,7 @@ def evaluate_suite(
     played = [*chosen, *(cell for cell, _ in fitted)]
     windows = {cell.name: traces_ for cell, traces_ in fitted}
     who = entries(found, played, policies)
+    _check_earlier(out, found, who)
     cache = out.resolve().parent / CACHE
     tasks, unsuited = plan(found, played, windows, who, count, cache)
     results = play_suite(found, tasks, workers, watch)
@@ -223,6 +225,23 @@ def check_place(folder: Path) -> None:
     except (OSError, ValueError, TypeError):
         ours = False
     refuse_foreign(folder, ours, "benchmark result")
+
+
+def _check_earlier(out: Path, suite: Suite, who: Sequence[Entry]) -> None:
+    """Refuse to replace the result of another suite, or of policies that do not play now.
+
+    The folder holds copies of their files, perhaps the only ones.
+
+    Raises:
+        InputError: It holds one.
+    """
+    if not (out / RESULT).is_file():
+        return
+    earlier = read(out)
+    others = set(earlier["policies"]["policy"]) - {entry.name for entry in who}
+    if earlier["suite_hash"] != suite.hash or others:
+        what = f"of {min(others)}" if others else "of another suite"
+        raise InputError(f"{out} holds the result {what}", "choose another --out")
 
 
 def write(

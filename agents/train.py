@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 
 from mmrl.agents import runs
 from mmrl.agents.callback import Progress, RunCallback
-from mmrl.agents.config import TrainConfig
+from mmrl.agents.config import UNLIMITED_STEPS, TrainConfig
 from mmrl.agents.export import ExportedPolicy, PriorRule, load_policy
 from mmrl.agents.metrics_log import MetricsLog
 from mmrl.agents.nodes import NodePlan, PlanNodes, TrainingNodes
@@ -48,8 +48,10 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         The folder of the run. After Ctrl-C it holds everything to continue.
 
     Raises:
-        InputError: A scenario or rule is unknown, a setting is wrong, or the run exists.
+        InputError: A scenario or rule is unknown, a setting is wrong, there is no such device, or
+            the run exists.
     """
+    check_device(config)
     scenarios = [get_scenario(name) for name in config.scenarios]
     start = load_policy(config.start) if config.start else None
     update: dict[str, Any]
@@ -71,12 +73,14 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     if start is not None:
         _check_start(config, start, scenarios)
     folder = runs.new_run(config.out, config.name)
+    runs.clear(folder)
     for k, scenario in enumerate(scenarios):
         path = folder / runs.SCENARIOS / f"{k}-{scenario.name}.json"
         write_json(path, scenario.model_dump(mode="json"))
     write_json(folder / runs.CONFIG, config.model_dump(mode="json"))
     runs.write_provenance(folder)
-    return _run(config, scenarios, folder, None, start, progress)
+    with runs.held(folder):
+        return _run(config, scenarios, folder, None, start, progress)
 
 
 def resume(
@@ -89,26 +93,66 @@ def resume(
 
     Args:
         folder: Of the run.
-        steps: Total steps in place of those of its configuration.
-        time_s: Time to go on for.
+        steps: Total steps in place of those of its configuration ...
+        time_s: Time to go on for; see `resumed` where one of them is given and the other used up.
         progress: Told how it goes.
 
     Raises:
-        InputError: The folder holds no run of this version that can be continued.
+        InputError: The folder holds no run of this version that can be continued, it is over, or
+            its device is not here.
+    """
+    config = resumed(folder, steps, time_s)
+    check_device(config)
+    state = read_state(folder)
+    return _run(config, read_scenarios(folder, config), folder, state, None, progress)
+
+
+def resumed(folder: Path, steps: int | None, time_s: float | None) -> TrainConfig:
+    """Return the configuration with which a run goes on.
+
+    A limit that is given lifts the other one where that is used up: who gives more steps to a run
+    whose time is over wants them, and the other way round.
+
+    Args:
+        folder: Of the run.
+        steps: See `resume`.
+        time_s: See `resume`.
+
+    Raises:
+        InputError: The folder holds no run of this version that can be continued, or it is over.
     """
     config = read_config(folder)
+    if not (folder / runs.STATE).exists():
+        raise InputError(f"run {folder} has not begun", "train it again under this name")
     state = read_state(folder)
+    done, elapsed_s = int(state["steps"]), float(state["elapsed_s"])
+    total, limit_s = config.steps, config.time_s
     if steps is not None:
-        config = config.model_copy(update={"steps": steps})
+        total = steps
+        if limit_s is not None and elapsed_s >= limit_s:
+            limit_s = None
     if time_s is not None:
-        config = config.model_copy(update={"time_s": state["elapsed_s"] + time_s})
-    if state["steps"] >= config.steps:
-        done = f"{state['steps']} of {config.steps} steps"
-        raise InputError(f"run {folder} is complete ({done})", "give more with --steps")
-    if config.time_s is not None and state["elapsed_s"] >= config.time_s:
-        raise InputError(f"the time of run {folder} is over", "give more with --time")
-    scenarios = read_scenarios(folder, config)
-    return _run(config, scenarios, folder, state, None, progress)
+        limit_s = elapsed_s + time_s
+        if steps is None and done >= total:
+            total = UNLIMITED_STEPS
+    if done >= total:
+        raise InputError(
+            f"run {folder} is complete ({done} of {total} steps)",
+            "give more with --steps or --time",
+        )
+    if limit_s is not None and elapsed_s >= limit_s:
+        raise InputError(f"the time of run {folder} is over", "give more with --time or --steps")
+    return config.model_copy(update={"steps": total, "time_s": limit_s})
+
+
+def check_device(config: TrainConfig) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        InputError: It is not.
+    """
+    if config.device == "cuda" and not th.cuda.is_available():
+        raise InputError("device is cuda, and torch finds no GPU", "leave the device out")
 
 
 def _prior_rule(config: TrainConfig, scenarios: list[Scenario]) -> Rule | None:
@@ -146,8 +190,6 @@ def _run(
     start: ExportedPolicy | None,
     progress: Progress | None,
 ) -> Path:
-    if config.device == "cuda" and not th.cuda.is_available():
-        raise InputError("device is cuda, and torch finds no GPU", "leave the device out")
     th.set_num_threads(1)  # threads of its own would wait for each other in spin locks
     rule = config.prior_rule.rule() if config.prior_rule else None
     plan = NodePlan(

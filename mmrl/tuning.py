@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mmrl.errors import InputError, unknown
-from mmrl.files import atomic_write, read_toml
+from mmrl.files import atomic_write
 from mmrl.metrics import met_targets, request_latencies
 from mmrl.node.state import DISPATCHES, Nodes
 from mmrl.rollout import run_nodes
 from mmrl.rules.base import Rule
+from mmrl.rules.registry import read_tuned
 from mmrl.scenarios.schema import Scenario
 from mmrl.scenarios.seeds import Split, episode_rng
 from mmrl.sim.batch import Simulator
@@ -259,10 +260,10 @@ def write_tuned(path: Path, scenario: str, name: str, entry: Mapping[str, Any]) 
         entry: Numbers and strings, and the table ``params``.
 
     Raises:
-        InputError: The file is there but is not TOML, or cannot be written.
+        InputError: The file is there but is none of `mmrl tune`, or cannot be written.
     """
-    tables = read_toml(path, "a file of mmrl tune") if path.exists() else {}
-    tables.setdefault(scenario, {})[name] = entry
+    tables = read_tuned(path) if path.exists() else {}
+    tables.setdefault(scenario, {})[name] = dict(entry)
     lines = ["# Parameters of rules for scenarios, as mmrl tune found and wrote them."]
     for key, rules in sorted(tables.items()):
         for rule, values in sorted(rules.items()):

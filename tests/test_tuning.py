@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from mmrl.cli.app import app
 from mmrl.errors import InputError
 from mmrl.rules import Gdsf, Slack, get_rule, rule_class, rule_names
+from mmrl.rules.registry import tuned_params
 from mmrl.scenarios.registry import get_scenario
 from mmrl.tuning import (
     PairedEpisodes,
@@ -86,3 +89,20 @@ def test_a_broken_file_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not valid TOML"):
         write_tuned(path, "fast", "slack", {"params": {}})
     assert path.read_text() == "[broken"
+
+
+@pytest.mark.parametrize(
+    "text", ['description = "a scenario"', "[demo.lru]\nkeep_alive_s = 1", "[demo]\nlru = 1"]
+)
+def test_a_file_of_something_else_is_told_before_it_is_tuned_and_left_alone(
+    tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "other.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match="something else than tuned parameters"):
+        tuned_params(path)
+    with pytest.raises(InputError, match="something else than tuned parameters"):
+        write_tuned(path, "fast", "slack", {"params": {}})
+    called = CliRunner().invoke(app, ["tune", "lru", "demo", "--out", str(path)])
+    assert isinstance(called.exception, InputError) and called.output == ""
+    assert path.read_text() == text

@@ -37,10 +37,12 @@ from mmrl.deploy.profiler.subject import NotResident, Subject
 from mmrl.deploy.profiler.timing import Deadline
 from mmrl.deploy.rig import open_checkpoints
 from mmrl.errors import InputError, MmrlError
+from mmrl.files import refuse_foreign
 from mmrl.profiles.derive import estimate_workspace_bytes
 from mmrl.profiles.registry import PLATFORM_FILE
 from mmrl.profiles.schema import Profile, load_platform, load_profile, save
 
+RAW = "raw"  # folder of all single measurements
 BUDGET_S = 180.0  # for each model, unless told otherwise
 HOST_KV_BYTES, CPU_HOST_KV_BYTES = 4 * 10**9, 64 * 2**20
 MORE_S = 5.0  # that must be left for a finer grid to be begun
@@ -162,12 +164,13 @@ def _check_unused(device: torch.device, strict: bool, report: Report) -> None:
 
 
 def _check_folder(out: Path, name: str, device: torch.device) -> None:
-    """Refuse a folder that holds profiles of another machine.
+    """Refuse a folder that holds profiles of another machine, or something else.
 
     Raises:
         InputError: It does.
     """
     if not (out / PLATFORM_FILE).exists():
+        refuse_foreign(out, (out / RAW).is_dir(), "profiles")  # a run that was interrupted has it
         return
     there, here = load_platform(out / PLATFORM_FILE), device_name(device)
     if there.provenance.gpu != here or there.name != name:
@@ -199,7 +202,7 @@ def _check_fits(name: str, checkpoint: Checkpoint, request: Request, device: tor
 def _measure_machine(out: Path, device: torch.device, request: Request, report: Report) -> Raw:
     """Measure what belongs to no model."""
     identity = {"gpu": device_name(device), "libraries": library_versions()}
-    raw = Raw(out / "raw" / "machine.json", "machine", identity, request.command)
+    raw = Raw(out / RAW / "machine.json", "machine", identity, request.command)
     jobs: dict[str, Callable[[Section], None]] = {
         "memory": functools.partial(machine.memory, device),
         "link": functools.partial(machine.link, device),
@@ -230,7 +233,7 @@ def _raw(
         "weights": "random" if checkpoint.path is None else checkpoint.path.name,
         "memory_bytes": request.memory,
     }
-    return Raw(out / "raw" / f"{model.name}.json", model.name, identity, request.command)
+    return Raw(out / RAW / f"{model.name}.json", model.name, identity, request.command)
 
 
 def _measure_model(

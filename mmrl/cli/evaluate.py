@@ -74,7 +74,11 @@ def command(
         typer.Option("--load", "--loads", help="Loads, by commas (1); 0.5,0.8,1 gives a curve."),
     ] = "",
     out: Annotated[
-        Path | None, typer.Option(help="Results folder; in the run's folder unless given.")
+        Path | None,
+        typer.Option(
+            help="Results folder; in the run's folder unless given. "
+            "Results of another command are never replaced."
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
@@ -100,11 +104,13 @@ def command(
         raise InputError("--cells belongs to a benchmark", "add --suite v1")
     from mmrl.agents.contenders import everyone
     from mmrl.agents.evaluate import evaluate
-    from mmrl.agents.results import check_place
+    from mmrl.agents.provenance import command_line
+    from mmrl.agents.results import check_place, free_place
 
     console = Console(highlight=False)
-    place = out or _default_place(_names(policies))
-    check_place(place)
+    asked = command_line()
+    place = out or free_place(_default_place(_names(policies)), asked)
+    check_place(place, asked)
     played = _names(scenarios) or ["demo"]
     with progress(console) as watch:
         results = evaluate(
@@ -119,6 +125,7 @@ def command(
             record=record,
             watch=watch,
         )
+    place = free_place(place, asked)  # others may have written there since
     results.write(place)
     print_results(results, console, episodes)
     console.print(f"\nwrote {escape(str(place))}", soft_wrap=True)

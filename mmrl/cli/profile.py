@@ -23,6 +23,13 @@ LINK_RATES = (
     ("page-locked, both at once", "both_h2d_bytes_per_s", "both_d2h_bytes_per_s"),
     ("pageable", "pageable_h2d_bytes_per_s", "pageable_d2h_bytes_per_s"),
 )
+OVERHEAD = (  # field, what takes that much longer
+    ("decode_s", "a decode step"),
+    ("prefill_s", "a prefill chunk"),
+    ("kv_s", "a KV save or restore"),
+    ("settle_s", "the first decode step of a segment, besides"),
+    ("piece_s", "a piece of a load while others compute"),
+)
 KIND_STYLE = {"measured": "[green]measured[/]", "derived": "[yellow]derived[/]"}
 
 
@@ -36,8 +43,8 @@ def list_profiles() -> None:
         box=None,
         pad_edge=False,
         caption_justify="left",
-        caption=f"b1, b32: a decode step of 1 and 32 sequences of {CONTEXT_TOKENS:,} tokens\n"
-        "KV: per token; 1 GB = 1e9 bytes",
+        caption=f"b1, b32: a decode step of 1 and 32 sequences of {CONTEXT_TOKENS:,} tokens,\n"
+        "the overhead (mmrl profile show) included; KV: per token; 1 GB = 1e9 bytes",
     )
     for name in ("platform", "model", "kind"):
         table.add_column(name, no_wrap=True)
@@ -166,6 +173,8 @@ def _print_profile(console: Console, profile: "Profile") -> None:
             table.add_row("" if i else name, f"{at.time_s * 1e3:8.2f} ms  {_tokens(at.tokens)}")
     for name in ("load", "stream", "kv_save", "kv_restore"):
         table.add_row(name, _transfer(getattr(profile, name)))
+    for i, text in enumerate(_overhead(profile)):
+        table.add_row("" if i else "overhead", text)
     costs = CostModel(profile)
     table.add_row("whole load", f"{costs.load_s(profile.weight_bytes):.3f} s")
     if profile.disk is not None:
@@ -181,6 +190,22 @@ def _print_profile(console: Console, profile: "Profile") -> None:
     _print_provenance(console, table, profile)
     if profile.kind == "measured":
         _print_errors(console, [profile])
+
+
+def _overhead(profile: "Profile") -> list[str]:
+    """Say what takes longer in the loop of a busy node, and who counts it in."""
+    if profile.overhead is None:
+        return ["not measured: the times above are the prices"]
+    rows = [
+        f"{seconds * 1e3:8.2f} ms  {what}"
+        for field, what in OVERHEAD
+        if (seconds := getattr(profile.overhead, field)) is not None
+    ]
+    return [
+        *rows,
+        "in the loop of a busy node: not in the times above, but in the prices of mmrl profile run "
+        "and list, mmrl scenarios and the simulator",
+    ]
 
 
 def _print_provenance(console: Console, table: Table, record: "Platform | Profile") -> None:

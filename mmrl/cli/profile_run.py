@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 CONTEXT_TOKENS, PROMPT_TOKENS = 1024, 2048
 CAPTION = (
     f"b1, b32: a decode step of 1 and 32 sequences of {CONTEXT_TOKENS:,} tokens, ms\n"
-    f"prefill: {PROMPT_TOKENS:,} tokens, ms; load, KV out and in: GB/s\n"
+    f"prefill: {PROMPT_TOKENS:,} tokens, ms; both with the overhead of a busy node's loop, which\n"
+    "mmrl profile show has apart; load, KV out and in: GB/s\n"
     "slower: factor on a decode step beside a load, a KV save, a stream\n"
     "host: from so many tokens on streaming all layers beats the host\n"
     "spread: of the medians, the largest"

@@ -67,11 +67,12 @@ def list_scenarios() -> None:
 @app.command()
 def show(name: Name) -> None:
     """Show all of a scenario: fleet, costs, targets, rate, and the file itself."""
-    from mmrl.scenarios.registry import get_scenario, scenario_path
+    from mmrl.scenarios.registry import get_draft, scenario_path
 
     console = Console()
     with console.status(COMPILING):
-        sampler = get_scenario(name).sampler()
+        draft, calibrated = get_draft(name)
+        sampler = draft.sampler()
     scenario = sampler.scenario
     console.print(f"[bold]{escape(scenario.name)}[/]: {escape(scenario.description)}\n")
     facts = Table(box=None, show_header=False, pad_edge=False)
@@ -80,6 +81,9 @@ def show(name: Name) -> None:
     for label, value in _facts(sampler):
         facts.add_row(label, value)
     console.print(facts)
+    if not calibrated:
+        remedy = f"load 1 is not known yet, the rate is an example: mmrl scenarios calibrate {name}"
+        console.print(f"\n{escape(remedy)}", soft_wrap=True)
     for k in range(len(sampler.bank.platforms)):
         console.print()
         console.print(_models(sampler, k))
@@ -131,10 +135,10 @@ def calibrate(
     """Find the utilisation at which load is 1: there the slack rule's goodput is .90."""
     from mmrl.scenarios.calibrate import GOODPUT, RULE, goodput_at
     from mmrl.scenarios.calibrate import calibrate as search
-    from mmrl.scenarios.registry import get_scenario
+    from mmrl.scenarios.registry import get_draft
 
     console = Console(highlight=False)
-    scenario = get_scenario(name)
+    scenario, _ = get_draft(name)
     for k, part in enumerate(scenario.parts(), 1):
         if scenario.variants:
             names = ", ".join(part.platform)
@@ -211,7 +215,8 @@ def _models(sampler: "ScenarioSampler", platform: int) -> Table:
         title=f"on {spec.name} ({KIND_STYLE[spec.kind]})",
         title_justify="left",
         title_style="bold",
-        caption=f"decode: a step of one sequence of {CONTEXT_TOKENS:,} tokens; KV: per token;\n"
+        caption=f"decode: a step of one sequence of {CONTEXT_TOKENS:,} tokens, overhead included;\n"
+        "KV: per token; "
         f"TTFT: target for {', '.join(f'{p:,}' for p in PROMPTS)} prompt tokens",
         caption_justify="left",
     )

@@ -18,8 +18,9 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for page and tables.")] = Path("study"),
 ) -> None:
     """Write a page about offloading and preemption, worked out from profiles."""
-    from mmrl.study import compute, gather, write_study
+    from mmrl.study import check_place, compute, gather, write_study
 
+    check_place(out)
     console = Console(stderr=True)
     with console.status("reading profiles") as status:
         cases = gather(platform or [], model or [])

@@ -93,7 +93,7 @@ def command(
     parts off: elapsed_time, paced, clip_apart, randomise, jitter, miss_weight,
     latency_weight, without (verbs, by commas).
     """
-    from mmrl.agents.config import build_config
+    from mmrl.agents.config import UNLIMITED_STEPS, build_config
 
     total = number(steps, UNITS, "steps") if steps is not None else None
     time_s = number(time, TIMES, "time") if time is not None else None
@@ -119,7 +119,7 @@ def command(
         if total is not None:
             values["steps"] = int(total)
         elif time_s is not None:
-            values["steps"] = 1_000_000_000  # the clock decides
+            values["steps"] = UNLIMITED_STEPS
         folder = _train(build_config(**values))
     _tell(folder)
 
@@ -184,7 +184,8 @@ def _train(config: "TrainConfig") -> Path:
     from mmrl.agents.export import load_policy
     from mmrl.agents.progress import ProgressBar
     from mmrl.agents.runs import new_run
-    from mmrl.agents.train import train
+    from mmrl.agents.train import check_device, train
+    from mmrl.rules import rule_class
     from mmrl.scenarios.registry import get_scenario
 
     # What is wrong with these is told before a bar says that something is being prepared.
@@ -192,6 +193,9 @@ def _train(config: "TrainConfig") -> Path:
         get_scenario(scenario)
     if config.start:
         load_policy(config.start)
+    elif config.prior:
+        rule_class(config.prior)
+    check_device(config)
     if config.name:
         new_run(config.out, config.name)
     with ProgressBar(config.steps, config.time_s) as bar:
@@ -205,7 +209,7 @@ def _resume(folder: Path, steps: float | None, time_s: float | None, given: list
         InputError: It is no run, or more was given than may change in one.
     """
     from mmrl.agents.progress import ProgressBar
-    from mmrl.agents.train import read_config, resume
+    from mmrl.agents.train import check_device, read_config, resume, resumed
 
     config = read_config(folder)
     kept = [name for name in given if name not in RESUMED]
@@ -213,6 +217,8 @@ def _resume(folder: Path, steps: float | None, time_s: float | None, given: list
         raise InputError(
             f"{', '.join(kept)} with --resume: a run stays as it began", "leave that out"
         )
-    total = int(steps) if steps is not None else config.steps
-    with ProgressBar(total, time_s if time_s is not None else config.time_s) as bar:
+    total = None if steps is None else int(steps)
+    config = resumed(folder, total, time_s)
+    check_device(config)
+    with ProgressBar(config.steps, config.time_s if time_s is None else time_s) as bar:
         return resume(folder, total, time_s, bar)

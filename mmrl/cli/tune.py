@@ -38,12 +38,15 @@ def command(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from mmrl.rules import rule_class
+    from mmrl.rules.registry import read_tuned
     from mmrl.scenarios.registry import get_scenario
     from mmrl.tuning import planned_episodes, tune, write_tuned
 
     wanted = rule_class(rule)
     if out.is_dir():
         raise InputError(f"{out} is a folder", "name a TOML file")
+    if out.exists():
+        read_tuned(out)  # says now rather than after the tuning that it is another file
     spec = get_scenario(scenario, **({} if load is None else {"load": load}))
     console = Console()
     planned = planned_episodes(wanted, configs, episodes)

@@ -11,7 +11,7 @@ from mmrl.errors import InputError, first_error
 from mmrl.workloads.describe import print_description, write_plot
 from mmrl.workloads.fleet import Mapping, Rescale, fit_to_fleet
 from mmrl.workloads.generators import ArrivalKind, WorkloadSpec, sample_trace
-from mmrl.workloads.readers import read_trace
+from mmrl.workloads.readers import is_written_trace, read_trace
 from mmrl.workloads.trace import Trace
 
 app = typer.Typer(no_args_is_help=True, help="Describe, generate and fit workloads.")
@@ -26,7 +26,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
 Lengths = Annotated[str, typer.Option(help="Length family, for counts per minute.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw into this HTML page.")]
 Models = Annotated[str, typer.Option(help="The fleet: names, separated by commas.")]
-Out = Annotated[Path, typer.Option(help="The CSV to write.")]
+Out = Annotated[Path, typer.Option(help="The CSV to write; it replaces a trace that mmrl wrote.")]
 
 
 @app.command()
@@ -67,6 +67,7 @@ def generate(
         popularity={"zipf": zipf, "drift_period_s": drift},
         lengths={"family": _names(lengths), "file": lengths_file},
     )
+    _check_out(out, [lengths_file] if lengths_file else [])
     trace = sample_trace(spec, tuple(_names(models)), rate, duration, seed)
     trace.to_csv(out)
     _show(trace, plot)
@@ -96,6 +97,7 @@ def fit(
     plot: Plot = None,
 ) -> None:
     """Map a recorded trace to a fleet and a rate, and write it as a CSV."""
+    _check_out(out, files)
     raw = read_trace(files, format, skip_bad, seed, lengths)
     window = None if start == 0 and duration is None else (start, duration)
     if longest is not None:
@@ -104,6 +106,20 @@ def fit(
     trace.to_csv(out)
     _show(trace, plot)
     typer.echo(f"wrote {out}")
+
+
+def _check_out(out: Path, inputs: list[Path]) -> None:
+    """Refuse to write over an input, or over anything that mmrl did not write.
+
+    Raises:
+        InputError: That is where the trace should go.
+    """
+    if not out.exists():
+        return
+    if any(path.exists() and out.samefile(path) for path in inputs):
+        raise InputError(f"--out {out} is read here", "choose another --out")
+    if not is_written_trace(out):
+        raise InputError(f"{out} is there and is no trace that mmrl wrote", "choose another --out")
 
 
 def _show(trace: Trace, plot: Path | None) -> None:

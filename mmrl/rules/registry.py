@@ -43,17 +43,33 @@ def rule_class(name: str) -> type[Rule]:
     return RULES[name]
 
 
+def read_tuned(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what `mmrl tune` wrote: scenario, rule, and an entry with the table ``params``.
+
+    Raises:
+        InputError: The file cannot be read, is not TOML, or holds something else.
+    """
+    tables = read_toml(path, "a file of mmrl tune")
+    for rules in tables.values():
+        for entry in rules.values() if isinstance(rules, dict) else [rules]:
+            if not isinstance(entry, dict) or not isinstance(entry.get("params"), dict):
+                raise InputError(
+                    f"{path} holds something else than tuned parameters",
+                    "name a file of mmrl tune",
+                )
+    return tables
+
+
 @functools.cache
 def tuned_params(path: Path = TUNED) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the tuned parameters of a file: scenario, rule, parameter.
 
     Raises:
-        InputError: The file cannot be read or is not TOML.
+        InputError: See `read_tuned`.
     """
-    tables = read_toml(path, "a file of mmrl tune")
     return {
         scenario: {name: dict(entry["params"]) for name, entry in rules.items()}
-        for scenario, rules in tables.items()
+        for scenario, rules in read_tuned(path).items()
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from mmrl.errors import unknown
 from mmrl.files import read_toml
 from mmrl.scenarios.schema import ALTERNATIVES, Scenario, build_scenario
-from mmrl.scenarios.suite import get_suite
+from mmrl.scenarios.suite import UNCALIBRATED, get_suite
 
 DATA = Path(__file__).parent / "data"
 
@@ -49,17 +49,39 @@ def get_scenario(name_or_path: str | Path, **overrides: Any) -> Scenario:
     Raises:
         InputError: There is no such scenario or file, or a field is wrong.
     """
-    suite, colon, cell = str(name_or_path).rpartition(":")
-    if colon and not cell.endswith(".toml"):
-        data = get_suite(suite).cell(cell).scenario.model_dump(mode="json", exclude_none=True)
-    else:
-        path = scenario_path(name_or_path)
-        data = {"name": path.stem, **_anchored(read_toml(path, "a scenario file"), path.parent)}
+    data = _fields(name_or_path)
     replaced = set(overrides)
     for pair in ALTERNATIVES:
         if any(overrides.get(field) is not None for field in pair):
             replaced |= set(pair)
     return build_scenario(_without(data, replaced) | overrides, str(name_or_path))
+
+
+def get_draft(name_or_path: str | Path) -> tuple[Scenario, bool]:
+    """Return a scenario that need not say yet where its load is 1, and whether it does.
+
+    Where it does not, `UNCALIBRATED` stands for it: from there calibration begins.
+
+    Args:
+        name_or_path: See `get_scenario`.
+
+    Raises:
+        InputError: See `get_scenario`.
+    """
+    data = _fields(name_or_path)
+    calibrated = "utilisation_at_load_1" in data
+    return build_scenario(
+        {"utilisation_at_load_1": UNCALIBRATED, **data}, str(name_or_path)
+    ), calibrated
+
+
+def _fields(name_or_path: str | Path) -> dict[str, Any]:
+    """Return the fields of a scenario as its file or suite has them."""
+    suite, colon, cell = str(name_or_path).rpartition(":")
+    if colon and not cell.endswith(".toml"):
+        return get_suite(suite).cell(cell).scenario.model_dump(mode="json", exclude_none=True)
+    path = scenario_path(name_or_path)
+    return {"name": path.stem, **_anchored(read_toml(path, "a scenario file"), path.parent)}
 
 
 def _without(data: dict[str, Any], fields: set[str]) -> dict[str, Any]:

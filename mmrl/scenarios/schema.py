@@ -288,6 +288,8 @@ def _explain(error: ValidationError, where: str) -> InputError:
         candidates = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         remedy = nearest(str(first["input"]), candidates) or f"known: {', '.join(candidates)}"
         message = f"unknown value {first['input']!r}"
+    if first["type"] == "missing" and field == "utilisation_at_load_1":
+        remedy = f"mmrl scenarios calibrate {where} finds it"
     return InputError(f"{where}: {f'{field}: ' if field else ''}{message}{more}", remedy)
 
 

@@ -4,7 +4,7 @@
 second comes from ``CostModel`` and from the semantics of a node (docs/semantics.md).
 """
 
-from mmrl.study.page import write_study
+from mmrl.study.page import check_place, write_study
 from mmrl.study.tables import Study, compute, gather
 
-__all__ = ["Study", "compute", "gather", "write_study"]
+__all__ = ["Study", "check_place", "compute", "gather", "write_study"]

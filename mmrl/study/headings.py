@@ -16,7 +16,7 @@ HALF, MOST = 0.5, "throughput_75"
 
 
 def headings(study: Study) -> dict[str, str]:
-    """Return the heading of each section that there are numbers for."""
+    """Return the heading of each section; empty for one that is left out, without numbers."""
     platform = ours(study)
     makers = {
         "residency": _residency,
@@ -34,7 +34,7 @@ def headings(study: Study) -> dict[str, str]:
     }
     found = {name: make(study, platform) for name, make in makers.items()}
     found["scheduler"] = _scheduler(study)
-    return {name: text for name, text in found.items() if text}
+    return found
 
 
 def _residency(study: Study, platform: str) -> str:
@@ -158,7 +158,7 @@ def _pays(study: Study, platform: str) -> str:
     rows = at(study, "pays", platform)
     steps = rows.steps_vs_streaming.dropna()
     if steps.empty:
-        return ""
+        return "Streaming costs nothing here: swapping never beats it"
     return (
         f"Swapping beats streaming the other model after {steps.min():,} to {steps.max():,} steps "
         f"on {platform}, after {int(steps.median()):,} in the median pair"

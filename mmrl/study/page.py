@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 import mmrl
-from mmrl.files import atomic_write, write_json
+from mmrl.files import atomic_write, refuse_foreign, write_json
 from mmrl.pages import render_page
 from mmrl.study import figures, machine_figures
 from mmrl.study.findings import contradictions, lead, ours, ranking
@@ -21,24 +21,34 @@ TEMPLATE = Path(__file__).parent / "templates" / "study.html"
 PAGE, TABLES = "index.html", "study.json"
 
 
+def check_place(out: Path) -> None:
+    """Refuse a folder that holds something else than a study.
+
+    Raises:
+        InputError: It does, or it is a file.
+    """
+    refuse_foreign(out, (out / TABLES).is_file(), "study")
+
+
 def write_study(study: Study, out: Path) -> Path:
     """Write ``index.html``, ``study.json`` and a CSV for each table into a folder.
 
     Args:
         study: All tables.
-        out: The folder; it is made if need be, and files of these names are replaced.
+        out: The folder; it is made if need be, and an earlier study in it is replaced.
 
     Returns:
         The page.
 
     Raises:
-        InputError: Nothing can be written there.
+        InputError: It holds something else, or nothing can be written there.
         MmrlError: The disk is full.
     """
+    check_place(out)
+    write_json(out / TABLES, as_json(study))  # first: by it the folder is known again
     for name, table in study.tables.items():
         with atomic_write(out / f"{name}.csv") as file:
             table.to_csv(file, index=False)
-    write_json(out / TABLES, as_json(study))
     with atomic_write(out / PAGE) as file:
         file.write(render(study))
     return out / PAGE

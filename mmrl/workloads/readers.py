@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mmrl.errors import InputError, unknown
+from mmrl.errors import InputError, nearest, unknown
 from mmrl.workloads.formats import FORMATS, LENGTH_FORMATS, FailedRequest, Format, Request
 from mmrl.workloads.lengths import family_names, length_table, sample_many
 from mmrl.workloads.trace import CSV_COLUMNS, Trace
@@ -31,7 +31,7 @@ FORMAT_NAMES = (*FORMATS, FUNCTIONS)
 MINUTE_COLUMN = re.compile(r"(?:min)?\d+")
 MAX_INVOCATIONS = 20_000_000
 FAR = 10  # times its span, or an hour: no trace that counts from its own zero begins so late
-BAD_ROW_REMEDY = "correct it, or skip and count bad rows with --skip-bad"
+BAD_ROW_REMEDY = "correct it, or write a trace without bad rows: mmrl workload fit --skip-bad"
 
 
 @dataclass
@@ -139,6 +139,15 @@ def read_length_pairs(path: str | Path) -> NDArray[np.int32]:
     return np.stack([columns.prompt_tokens, columns.output_tokens], axis=1).astype(np.int32)
 
 
+def is_written_trace(path: Path) -> bool:
+    """Whether a file is a trace that `Trace.to_csv` wrote: its first line tells the fleet."""
+    try:
+        with _open_text(path) as file:
+            return "models" in _json_object(file.readline().removeprefix("#"))
+    except InputError:
+        return False
+
+
 @contextmanager
 def _open_text(path: Path) -> Iterator[TextIO]:
     """Open a file, gzip or not; what cannot be read as text becomes an InputError."""
@@ -213,6 +222,7 @@ def _detect(path: Path, formats: Mapping[str, Format]) -> str:
                 return name
         if "HashFunction" in table.header:
             return FUNCTIONS
+        _check_columns(path, table.header, formats)
         if any(set(format.columns) <= set(table.header) for format in LENGTH_FORMATS.values()):
             raise InputError(
                 f"{path} records lengths and no arrival times",
@@ -224,6 +234,25 @@ def _detect(path: Path, formats: Mapping[str, Format]) -> str:
             f"{path} is of no known trace format: its first line is '{table.first_line[:60]}'",
             f"known columns: {known}; HashFunction,1,2,...",
         )
+
+
+def _check_columns(path: Path, header: list[str], formats: Mapping[str, Format]) -> None:
+    """Name the one column that a file lacks to be of a format, and what it may be called instead.
+
+    Raises:
+        InputError: It lacks one; where that is the time, only if another looks like it.
+    """
+    for name, format in formats.items():
+        missing = [column for column in format.columns if column not in header]
+        if len(missing) != 1 or len(format.columns) < 3:
+            continue
+        others = (column for column in header if column not in format.columns)
+        like = next((column for column in others if nearest(column, missing)), None)
+        if like is not None or missing[0] != CSV_COLUMNS[0]:
+            raise InputError(
+                f"{path} has no '{missing[0]}', which format {name} needs",
+                f"rename '{like}', if that is it" if like else f"it has {', '.join(header)}",
+            )
 
 
 class _Problems:

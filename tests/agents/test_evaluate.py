@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from mmrl.agents import windows as windows_module
 from mmrl.agents.contenders import everyone, resolve
 from mmrl.agents.evaluate import evaluate
+from mmrl.agents.report_data import gather
 from mmrl.agents.results import Results
 from mmrl.agents.windows import cut, fit
 from mmrl.cli.app import app
@@ -151,6 +152,41 @@ def test_results_do_not_replace_anything_else(results, tmp_path):
     with pytest.raises(InputError, match=r"thesis\.tex beside results"):
         results.write(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_results_measured_live_are_never_replaced(results, tmp_path):
+    results.write(tmp_path / "live")
+    summary = json.loads((tmp_path / "live" / "summary.json").read_text())
+    summary["provenance"]["live"] = "test 0"
+    (tmp_path / "live" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(InputError, match="measured live"):
+        results.write(tmp_path / "live")
+
+
+def test_an_evaluation_leaves_those_of_other_commands_as_they_are(tiny, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "mine")
+
+    def evaluated(*options):
+        monkeypatch.setattr("sys.argv", ["mmrl", "evaluate", *options])
+        command = ["evaluate", "--policies", f"{run},lru", "--scenarios", tiny, "--workers", "1"]
+        called = CliRunner().invoke(app, [*command, "--record", "0", *options])
+        if called.exception is not None:
+            raise called.exception
+
+    def summaries():
+        return {path.parent.name: path.read_text() for path in tmp_path.glob("*/*/summary.json")}
+
+    evaluated("--episodes", "2")
+    first = summaries()["evaluation"]
+    evaluated("--episodes", "1")
+    assert summaries().keys() == {"evaluation", "evaluation-2"}
+    evaluated("--episodes", "1")  # a command replaces its own results
+    assert summaries().keys() == {"evaluation", "evaluation-2"}
+    assert summaries()["evaluation"] == first
+    assert len(gather([run]).results) == 2
+    with pytest.raises(InputError, match="results of another command"):
+        evaluated("--episodes", "1", "--out", str(run / "evaluation"))
+    assert summaries()["evaluation"] == first
 
 
 def test_a_trace_is_cut_into_windows_that_all_policies_meet(tiny, tmp_path, capsys):

@@ -348,6 +348,18 @@ def test_wrong_names_are_told(folder, result, names, message):
         entries(suite, suite.cells, names)
 
 
+def test_the_result_of_other_policies_is_not_replaced(folder, result):
+    out = folder / "out" / "first"
+    before = (out / "result.json").read_bytes()
+    with pytest.raises(InputError, match="holds the result of"):
+        evaluate_suite(folder / "tiny.toml", ["lru"], out)
+    result_of_another = json.loads(before) | {"suite_hash": "of another"}
+    (out / "result.json").write_text(json.dumps(result_of_another))
+    with pytest.raises(InputError, match="of another suite"):
+        evaluate_suite(folder / "tiny.toml", [f"mine={folder / 'policies'}"], out)
+    (out / "result.json").write_bytes(before)
+
+
 def test_wrong_places_and_cells_are_told(folder, result, tmp_path):
     (tmp_path / "result.json").write_text('{"mine": 1}')
     with pytest.raises(InputError, match="holds no benchmark result"):

@@ -16,6 +16,7 @@ from mmrl.agents.config import TrainConfig, build_config
 from mmrl.agents.export import FULL, load_policy
 from mmrl.agents.nodes import NodePlan, TrainingNodes
 from mmrl.agents.policy import RARE
+from mmrl.agents.report import write_report
 from mmrl.agents.runner import play
 from mmrl.agents.state import read_state
 from mmrl.agents.train import (
@@ -337,6 +338,69 @@ def test_a_run_finds_its_scenarios_again_whatever_their_names(
     assert [each.name for each in read_scenarios(folder, config)] == ["busy-1.5", "busy"]
     resume(folder, steps=1024)
     assert state(folder)["steps"] == 1024
+
+
+def test_a_limit_that_is_given_lifts_the_other_that_is_used_up(
+    scenario: str, tmp_path: Path
+) -> None:
+    by_time = train(small(scenario, tmp_path, name="time", steps=10**6, time_s=1e-3))
+    done = state(by_time)["steps"]
+    with pytest.raises(InputError, match=r"time of run .* is over"):
+        resume(by_time)
+    resume(by_time, steps=done + 512)
+    assert state(by_time)["steps"] == done + 512
+
+    by_steps = train(small(scenario, tmp_path, name="steps", steps=512))
+    with pytest.raises(InputError, match="512 of 512 steps"):
+        resume(by_steps)
+    with pytest.raises(InputError, match="512 of 512 steps"):
+        resume(by_steps, steps=512, time_s=9)  # both are given: both hold
+    resume(by_steps, time_s=0.5)
+    assert state(by_steps)["steps"] > 512
+
+
+def test_a_run_that_never_began_leaves_its_name_free(
+    scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any) -> None:
+        with pytest.raises(InputError, match="exists already"):
+            runs.new_run(tmp_path, "it")  # while it is being prepared
+        raise KeyboardInterrupt
+
+    config = small(scenario, tmp_path, name="it", steps=512)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mmrl.agents.train.TrainingNodes", interrupt)
+        train(config)
+    assert not (tmp_path / "it" / runs.STATE).exists()
+    with pytest.raises(InputError, match="has not begun"):
+        resume(tmp_path / "it")
+    with pytest.raises(InputError, match="nothing was logged"):
+        write_report([tmp_path / "it"], tmp_path / "report")
+    other = Path(scenario).rename(tmp_path / "other.toml")
+    train(config.model_copy(update={"scenarios": (str(other),)}))
+    assert [path.name for path in (tmp_path / "it" / runs.SCENARIOS).iterdir()] == ["0-other.json"]
+    assert state(tmp_path / "it")["steps"] == 512
+
+
+def test_a_folder_with_anything_else_is_no_run_that_never_began(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / runs.SCENARIOS).mkdir(parents=True)
+    (folder / runs.CONFIG).write_text("{}")
+    assert runs.new_run(tmp_path, "model") == folder
+    (folder / "model.safetensors").write_text("years of work")
+    with pytest.raises(InputError, match="is no run to continue"):
+        runs.new_run(tmp_path, "model")
+    runs.clear(folder)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_device_that_is_not_here_is_told_before_anything_is_written(
+    scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="finds no GPU"):
+        train(small(scenario, tmp_path, name="it", device="cuda"))
+    assert not (tmp_path / "it").exists()
 
 
 def test_a_damaged_state_is_explained(scenario: str, tmp_path: Path) -> None:

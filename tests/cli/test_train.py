@@ -44,6 +44,8 @@ def test_a_run_stays_in_its_folder(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_scenarios_and_policies_are_told_before_a_bar_begins(tmp_path: Path) -> None:
+def test_unknown_scenarios_policies_and_rules_are_told_before_a_bar_begins(tmp_path: Path) -> None:
     assert "unknown scenario 'dmo'" in refused("dmo", "--out", str(tmp_path))
     assert "cannot read" in refused("demo", "--from", "nowhere", "--out", str(tmp_path))
+    assert "unknown rule 'slak'" in refused("demo", "--set", "prior=slak", "--out", str(tmp_path))
+    assert not list(tmp_path.iterdir())

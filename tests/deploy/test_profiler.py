@@ -157,6 +157,17 @@ def test_what_was_measured_otherwise_is_not_mixed_in(
         profile_models(request(folder, one, platform="other"), Silent())
 
 
+def test_a_folder_of_something_else_is_refused_before_anything_is_measured(
+    measured: tuple[Path, ModelConfig, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_measure_machine", _must_not_run)
+    (tmp_path / "config.json").write_text("{}")
+    asked = request(tmp_path, measured[1], out=tmp_path)
+    with pytest.raises(InputError, match="holds no profiles"):
+        profile_models(asked, Silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_interruption_and_failure_lose_no_section(
     measured: tuple[Path, ModelConfig, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

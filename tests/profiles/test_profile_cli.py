@@ -50,6 +50,23 @@ def test_show_prints_numbers_kind_and_errors() -> None:
     assert "leave one" not in derived
 
 
+def test_a_step_and_its_overhead_make_the_price_of_a_step() -> None:
+    name = next(
+        model
+        for model in registry.models("h200")
+        if (found := registry.get_profile("h200", model).overhead) is not None
+        and found.prefill_s > 1e-5
+    )
+    profile = registry.get_profile("h200", name)
+    assert profile.overhead is not None
+    text = run("show", "h200", name)
+    point, more_s = profile.prefill[0], profile.overhead.prefill_s
+    assert f"{point.time_s * 1e3:.2f} ms" in text
+    assert f"{more_s * 1e3:.2f} ms  a prefill chunk" in text
+    assert CostModel(profile).prefill_s(point.tokens) == pytest.approx(point.time_s + more_s)
+    assert "not measured" in run("show", "study-a6000", "qwen2.5-7b")
+
+
 def test_show_writes_a_plot_that_opens_offline(tmp_path: Path) -> None:
     plot = tmp_path / "h200.html"
     assert str(plot) in run("show", "h200", "--plot", str(plot)).replace("\n", "")

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from mmrl.cli.scenarios import app
 from mmrl.errors import InputError
-from mmrl.scenarios.registry import scenario_names
+from mmrl.scenarios.registry import get_scenario, scenario_names
 
 
 def run(*arguments: str) -> str:
@@ -43,6 +43,21 @@ def test_show_a_users_trace(tmp_path: Path) -> None:
     output = " ".join(run("show", str(tmp_path / "mine.toml")).split())
     assert "read 3 requests from two.csv" in output
     assert "mapped services by popularity" in output
+
+
+def test_a_scenario_that_is_not_calibrated_yet_is_shown_and_calibrated(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    fields = 'platform = "h200"\nbudget_gb = 24\ntargets = "chat"\nduration_s = 20\n'
+    models = 'models = ["qwen2.5-7b", "llama3.2-3b", "qwen2.5-7b"]\n'
+    path.write_text(fields + models + '[workload.arrivals]\nkind = "poisson"\n')
+    assert f"mmrl scenarios calibrate {path}" in run("show", str(path))
+    with pytest.raises(InputError, match=r"mmrl scenarios calibrate .* finds it"):
+        get_scenario(path)
+    lines = run("calibrate", str(path), "--episodes", "20").splitlines()
+    found = next(line for line in lines if line.startswith("utilisation_at_load_1 = "))
+    path.write_text(f"{found}\n{path.read_text()}")
+    assert get_scenario(path).utilisation_at_load_1 > 0
+    assert "not known yet" not in run("show", str(path))
 
 
 def test_play_an_episode_and_show_it_in_perfetto(tmp_path: Path) -> None:

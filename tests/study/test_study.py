@@ -327,6 +327,23 @@ def test_a_page_about_derived_profiles_alone(tmp_path: Path) -> None:
     assert "On study-a6000" in write_study(alone, tmp_path).read_text(encoding="utf-8")
 
 
+def test_a_page_about_a_platform_where_streaming_costs_nothing(tmp_path: Path) -> None:
+    study = compute([with_link(case_of(), 100 * LINK)])
+    assert study.tables["pays"].steps_vs_streaming.isna().all()
+    page = write_study(study, tmp_path).read_text(encoding="utf-8")
+    assert "Streaming costs nothing here: swapping never beats it" in page
+
+
+def test_a_study_replaces_a_study_and_nothing_else(study: Study, tmp_path: Path) -> None:
+    write_study(study, tmp_path / "out")
+    write_study(study, tmp_path / "out")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html").write_text("a report")
+    with pytest.raises(InputError, match="holds no study"):
+        write_study(study, tmp_path / "report")
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["index.html"]
+
+
 def test_unknown_names_and_places(tmp_path: Path) -> None:
     import typer
 
@@ -342,7 +359,7 @@ def test_unknown_names_and_places(tmp_path: Path) -> None:
         run("--platform", "h200", "--model", "gpt")
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="holds no study"):
         run(
             *("--platform", "study-a6000", "--model", registry.models("h200")[0]),
             *("--out", str(blocked)),

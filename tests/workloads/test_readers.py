@@ -214,7 +214,7 @@ def test_bad_rows_are_named_by_line_or_counted(write, text, good, bad, line, rea
         read_trace([path])
     assert caught.value.message.startswith(f"{path}, line {line}: ")
     assert reason in caught.value.message
-    assert "--skip-bad" in caught.value.remedy
+    assert "mmrl workload fit --skip-bad" in caught.value.remedy
     trace = read_trace([path], skip_bad=True)
     assert 0 < len(trace) < len(read_trace([write(text)]))
     assert any(f"skipped 1 bad rows of trace.csv (first: line {line}:" in n for n in trace.notes)
@@ -227,6 +227,13 @@ def test_bad_rows_are_named_by_line_or_counted(write, text, good, bad, line, rea
         ("\n\n", "is empty"),
         (AZURE.splitlines()[0] + "\n", "holds no requests"),
         ("time,tokens\n1,2\n", "no known trace format: its first line is 'time,tokens'"),
+        (
+            OWN.replace("model", "modle"),
+            r"no 'model', which .* mmrl needs \(rename 'modle'",
+        ),
+        (OWN.replace("arrival_s", "arrival"), r"no 'arrival_s', .*\(rename 'arrival'"),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,2\n", "no 'model', which format mmrl needs"),
+        ("model,prompt_tokens,output_tokens\na,1,2\n", "records lengths and no arrival times"),
         ("num_prefill_tokens,num_decode_tokens\n1,2\n", "records lengths and no arrival times"),
         (FUNCTIONS.replace("10,0,5", "0,0,0").replace("2", "0").replace("queue,1", "q,0"), "0 inv"),
         ('# {"models": [1]}\n' + OWN, "line 1: models and notes"),

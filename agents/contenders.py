@@ -79,15 +79,15 @@ def champion_for(scenario: str) -> Rule:
 
 
 def _differs(scenario: str) -> bool:
-    """Whether the champion tuned for a scenario is another than the champion."""
-    return champion_for(scenario) != get_rule(CHAMPION)
+    """Whether the champion tuned for this very scenario is another than the champion."""
+    params = tuned_params().get(scenario, {}).get(CHAMPION)
+    return params is not None and get_rule(CHAMPION, **params) != get_rule(CHAMPION)
 
 
 def everyone(scenarios: Iterable[str]) -> list[str]:
     """Return who takes part where nobody is named: the shipped policy and all rules.
 
-    Of the rules `partial` comes once more as tuned: beside slack, which always does (`resolve`), it
-    is the one that is mostly the best.
+    The two rules that are mostly the best come once more as tuned.
 
     Args:
         scenarios: Names or paths; the shipped policy stays away if it has not the verbs of one.
@@ -97,7 +97,8 @@ def everyone(scenarios: Iterable[str]) -> list[str]:
     """
     shipped = load_policy(DEFAULT)
     suits = all(shipped.plays(get_scenario(name).verbs == "full") for name in scenarios)
-    return [*([DEFAULT] if suits else []), *rule_names(), f"partial{AT_TUNED}"]
+    tuned = [name + AT_TUNED for name in (CHAMPION, "partial")]
+    return [*([DEFAULT] if suits else []), *rule_names(), *tuned]
 
 
 def resolve(names: Sequence[str], scenarios: Iterable[str]) -> list[Contender]:

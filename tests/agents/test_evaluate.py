@@ -270,7 +270,8 @@ def test_a_rule_tuned_for_the_scenario_comes_with_the_champion(monkeypatch):
     name = slack.tunables()[0]
     changed = {name: getattr(slack, name) * 0.9}
     table = {"demo": {"slack": changed, "lru": {}}, "fast": {"slack": slack.model_dump()}}
-    monkeypatch.setattr("mmrl.rules.registry.tuned_params", lambda path=None: table)
+    for module in ("mmrl.rules.registry", "mmrl.agents.contenders"):
+        monkeypatch.setattr(f"{module}.tuned_params", lambda path=None: table)
     assert [c.name for c in resolve(["lru", "slack"], ["demo"])] == ["lru", "slack", "slack@tuned"]
     assert [c.name for c in resolve(["slack"], ["fast"])] == ["slack"]
     assert [c.name for c in resolve(["slack@tuned"], ["fast"])] == ["slack@tuned"]
@@ -312,13 +313,13 @@ def test_the_shipped_policy_and_all_rules_take_part_where_nobody_is_named(tiny, 
     )
     assert called.exit_code == 0, called.output
     kinds = {p["name"]: p["kind"] for p in Results.read(out).summary["policies"]}
-    rules = *rule_names(), "partial@tuned"
+    rules = *rule_names(), "slack@tuned", "partial@tuned"
     assert kinds == {"default": "learned", **dict.fromkeys(rules, "rule")}
 
 
 def test_the_shipped_policy_stays_away_from_verbs_that_it_does_not_know(tmp_path, monkeypatch):
     monkeypatch.setattr("mmrl.agents.export.DEFAULT_FOLDER", make_policy(tmp_path / "core", 0.1))
-    rules = [*rule_names(), "partial@tuned"]
+    rules = [*rule_names(), "slack@tuned", "partial@tuned"]
     assert everyone(["demo"]) == ["default", *rules]
     assert everyone(["demo", "oversized"]) == rules
 

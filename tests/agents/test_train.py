@@ -34,6 +34,7 @@ from mmrl.errors import InputError
 from mmrl.node.actions import CORE_VERBS, VERBS
 from mmrl.node.state import NODE, REQUEST
 from mmrl.rules import get_rule
+from mmrl.rules.registry import tuned_params
 from mmrl.scenarios.registry import DATA, get_scenario
 
 SMALL: dict[str, Any] = {
@@ -130,7 +131,9 @@ def test_what_a_run_leaves(scenario: str, tmp_path: Path) -> None:
     folder = train(small(scenario, tmp_path, steps=1536, name="it"))
     assert folder == tmp_path / "it"
     for name in (runs.STEP0, runs.BEST, runs.LAST, f"{runs.CHECKPOINTS}/step_000001024"):
-        assert load_policy(folder / name).rule == get_rule("partial", "universal")
+        assert load_policy(folder / name).rule == get_rule(
+            "partial", **tuned_params()["universal"]["partial"]
+        )
     assert load_policy(folder).card == load_policy(folder / runs.BEST).card
     assert load_policy(folder / runs.LAST).card.steps == 1536
     metrics = runs.read_metrics(folder)

@@ -49,7 +49,7 @@ class ProgressBar:
         if "eval/goodput" in scalars:
             self._dev = f"dev goodput {scalars['eval/goodput']:.3f}"
             if "eval/champion_goodput" in scalars:
-                self._dev += f" (rule {scalars['eval/champion_goodput']:.3f})"
+                self._dev += f" (the rule it builds on {scalars['eval/champion_goodput']:.3f})"
             if not self._console.is_terminal:
                 self._console.print(f"{step} steps: {self._dev}")
         goodput = scalars.get("serving/goodput")

@@ -52,18 +52,16 @@ def test_the_page_shows_the_node(browser: Browser, folder: Path) -> None:
     engine = make_engine(folder, ("alpha", "beta", "<i>gamma</i>"))
     Moving(engine, period_s=1.0)
     with serving(engine) as server:
-        for _ in range(3):
-            body = {"model": "alpha", "prompt": "x", "max_tokens": 4}
-            assert (
-                httpx2.post(f"{server.url}/v1/completions", json=body, timeout=30).status_code
-                == 200
-            )
         browser.open(server.url)
         browser.until("document.querySelectorAll('.model[data-model]').length === 3")
         assert browser.run("[...rows.keys()]") == ["alpha", "beta", "<i>gamma</i>"]
         browser.until("document.querySelectorAll('#decisions li').length >= 4")
         assert "s of 2 s" in text_of(browser, "#decisions")  # the reasons
         browser.until("document.querySelector('.model[data-model=beta] .area').getAttribute('d')")
+        for _ in range(3):  # only now: on a busy machine what is above takes its minute
+            body = {"model": "alpha", "prompt": "x", "max_tokens": 4}
+            answer = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=30)
+            assert answer.status_code == 200
         browser.until("document.querySelector('#missed').innerText === '0 of 3'")
         ttft = text_of(browser, ".model[data-model=alpha] .meter")
         assert "of 2.0 s" in ttft and not ttft.startswith("–")

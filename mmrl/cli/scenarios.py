@@ -108,12 +108,16 @@ def play(
     """Play one episode, say how it went, and show it in Perfetto: loads, queues, each request."""
     from mmrl.agents.recording import play_episode
     from mmrl.envs.perfetto import MISSES, export
+    from mmrl.metrics import met_targets
 
     console = Console(highlight=False)
     with console.status(COMPILING):
         log = play_episode(name, policy, load, split, episode)
-    counts = np.bincount(log.requests["miss"], minlength=len(MISSES)).tolist()
-    outcomes = ", ".join(f"{n} {what}" for what, n in zip(MISSES, counts, strict=True) if n)
+    met = int(met_targets(log.requests).sum())
+    missed = np.bincount(log.requests["miss"], minlength=len(MISSES)).tolist()[1:]
+    counts = [met, *missed, len(log.requests) - met - sum(missed)]
+    words = "in time", *MISSES[1:], "unfinished"
+    outcomes = ", ".join(f"{n} {what}" for what, n in zip(words, counts, strict=True) if n)
     console.print(
         f"{escape(policy)} on {escape(log.info.scenario)}, {split} episode {episode}: "
         f"{log.info.requests} requests in {log.timeline.time_s[-1]:.0f} s at load {load:g}: "

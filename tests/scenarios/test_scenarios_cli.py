@@ -63,7 +63,7 @@ def test_a_scenario_that_is_not_calibrated_yet_is_shown_and_calibrated(tmp_path:
 def test_play_an_episode_and_show_it_in_perfetto(tmp_path: Path) -> None:
     trace = tmp_path / "episode.json"
     output = run("play", "demo", "--episode", "3", "--load", "1.2", "--perfetto", str(trace))
-    assert "slack on demo, test episode 3" in output and "met its targets" in output
+    assert "slack on demo, test episode 3" in output and " in time" in output
     assert "ui.perfetto.dev" in output
     about = json.loads(trace.read_text())
     assert about["otherData"]["scenario"] == "demo" and about["otherData"]["load"] == 1.2

@@ -113,7 +113,7 @@ def play(
     console = Console(highlight=False)
     with console.status(COMPILING):
         log = play_episode(name, policy, load, split, episode)
-    met = int(met_targets(log.requests).sum())
+    met = int(met_targets(log.requests.view(np.recarray)).sum())
     missed = np.bincount(log.requests["miss"], minlength=len(MISSES)).tolist()[1:]
     counts = [met, *missed, len(log.requests) - met - sum(missed)]
     words = "in time", *MISSES[1:], "unfinished"

@@ -143,11 +143,17 @@ class Results:
 
 def is_results(folder: Path) -> bool:
     """Whether a folder holds results: its summary says so, and not its name alone."""
+    return _summary(folder) is not None
+
+
+def _summary(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a folder of results; None of any other."""
     try:
         summary = json.loads((folder / SUMMARY).read_text("utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(summary, dict) and {"version", "boards"} <= summary.keys()
+        return None
+    ours = isinstance(summary, dict) and {"version", "boards"} <= summary.keys()
+    return summary if ours else None
 
 
 def check_place(folder: Path, command: str | None = None) -> None:
@@ -163,14 +169,14 @@ def check_place(folder: Path, command: str | None = None) -> None:
     Raises:
         InputError: It does.
     """
-    ours = is_results(folder)
-    refuse_foreign(folder, ours, "results")
-    if not ours:
+    summary = _summary(folder)
+    refuse_foreign(folder, summary is not None, "results")
+    if summary is None:
         return
     others = sorted({path.name for path in folder.iterdir()} - set(FILES))
     if others:
         raise InputError(f"{folder} holds {others[0]} beside results", "choose another --out")
-    about = json.loads((folder / SUMMARY).read_text("utf-8")).get("provenance", {})
+    about = summary.get("provenance", {})
     if "live" in about:
         raise InputError(f"{folder} holds results measured live", "choose another --out")
     if command is not None and command != about.get("command"):

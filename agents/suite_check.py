@@ -13,7 +13,7 @@ import numpy as np
 
 from mmrl.agents.suite import tables_of, whole_platforms
 from mmrl.agents.suite_policies import COMPARATORS, Entry
-from mmrl.agents.suite_results import Row, make_tables, mean, rows_of
+from mmrl.agents.suite_results import Row, make_tables, mean, pools_of, rows_of
 from mmrl.agents.suite_run import BINS, NUMBERS, CellResult
 from mmrl.agents.suite_stats import Bootstrap
 from mmrl.agents.suite_verdicts import judge
@@ -101,17 +101,20 @@ def _from_means(suite: Suite, result: dict[str, Any]) -> dict[str, list[Row]]:
             rule = max(played, key=lambda name: (goodput[cell, name], -latency[cell, name]))
         known = {name: row[name] for name in ("cell", "policy", "reference")}
         compared.append({**known, "rule": rule, "goodput": points(cell, row["policy"], [rule])})
-    core = {row["cell"]: row for row in rows_of(result["cells"])}
-    pools = []
+    pools = {
+        row["cell"]: [name for name, *_ in pools_of(row["group"], row["platform"], row["load"])]
+        for row in rows_of(result["cells"])
+    }
+    pooled = []
     for row in rows_of(result["pools"]):
         members = [
             one["goodput"]
             for one in compared
             if (one["policy"], one["reference"]) == (row["policy"], row["reference"])
-            and _within(core[one["cell"]], row["pool"])
+            and row["pool"] in pools[one["cell"]]
         ]
         known = {name: row[name] for name in ("pool", "policy", "reference")}
-        pools.append({**known, "cells": len(members), "goodput": mean(members)})
+        pooled.append({**known, "cells": len(members), "goodput": mean(members)})
     zero_shot = []
     for row in rows_of(result["zero_shot"]):
         there = [cell for cell, policy in goodput if policy == seeds[row["against"]][0]]
@@ -125,14 +128,7 @@ def _from_means(suite: Suite, result: dict[str, Any]) -> dict[str, list[Row]]:
         told,
         whole_platforms(suite, figures),
     )
-    return {"compared": compared, "pools": pools, "zero_shot": zero_shot, "verdicts": judged}
-
-
-def _within(cell: Row, pool: str) -> bool:
-    """Whether a pool holds a cell."""
-    if cell["group"] != "core":
-        return pool == f"{cell['platform']} variations"
-    return pool in ("core", cell["platform"], f"{cell['platform']} {cell['load']:g}")
+    return {"compared": compared, "pools": pooled, "zero_shot": zero_shot, "verdicts": judged}
 
 
 def _difference(name: str, told: Sequence[Row], expected: Sequence[Row]) -> str:

@@ -224,20 +224,24 @@ def _compared_row(one: Comparison, seed: int) -> Row:
     return row
 
 
+def pools_of(group: str, platform: str, load: float) -> list[tuple[str, str, float | None]]:
+    """Return the pools that hold a cell: name, platform and load, where it is of one."""
+    if group != "core":
+        return [(f"{platform} variations", platform, None)]
+    return [
+        (f"{platform} {load:g}", platform, load),
+        (platform, platform, None),
+        ("core", "", None),
+    ]
+
+
 def _pools(comparisons: Sequence[Comparison], results: Results, bootstrap: Bootstrap) -> list[Row]:
     """Pool comparisons by platform and load, by platform, and over core cells and variations."""
     pools: dict[tuple[str, str, float | None, str, str], list[Comparison]] = {}
     for one in comparisons:
         cell = one.cell
-        key = one.entrant.name, one.reference
-        if cell.group == "core":
-            at_load = f"{cell.platform} {cell.load:g}"
-            pools.setdefault((at_load, cell.platform, cell.load, *key), []).append(one)
-            for pool, platform in ((cell.platform, cell.platform), ("core", "")):
-                pools.setdefault((pool, platform, None, *key), []).append(one)
-        else:
-            pool = f"{cell.platform} variations"
-            pools.setdefault((pool, cell.platform, None, *key), []).append(one)
+        for about in pools_of(cell.group, cell.platform, cell.load):
+            pools.setdefault((*about, one.entrant.name, one.reference), []).append(one)
     rows = []
     for (pool, platform, load, policy, reference), members in pools.items():
         row: Row = {

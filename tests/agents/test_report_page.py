@@ -253,6 +253,7 @@ def test_a_server_goes_on_whatever_a_source_holds(sources: list[Path], tmp_path:
         (tmp_path / "foreign" / "result.json").unlink()
         (tmp_path / "results" / "summary.json").touch()
         wait_for(lambda: "refreshed" in said)
+    assert said[0].startswith("not refreshed") and said[-1] == "refreshed"
 
 
 def test_a_server_goes_on_after_half_written_results(sources: list[Path], tmp_path: Path) -> None:

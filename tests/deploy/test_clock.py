@@ -29,3 +29,4 @@ def test_a_loop_that_waits_for_a_worker_gives_signs_of_life() -> None:
     inbox, signs = Inbox(), list[None]()
     inbox.waiting = lambda: signs.append(None)
     inbox.wait(lambda: len(signs) > 1)  # though no message ever comes
+    assert len(signs) == 2

@@ -158,6 +158,14 @@ def expected(models: list[Checkpoint], asked: list[Generate], closing: list[Flee
     return [heard.tokens[number] for number in range(len(asked))]
 
 
+def together(engine: Engine, heard: Listener, asked: list[Generate]) -> list[Any]:
+    """Ask for all at once, and return the tokens of each when all have ended."""
+    for number, one in enumerate(asked):
+        engine.submit(number, one)
+    run(engine, lambda: len(heard.finish) == len(asked))
+    return [heard.tokens[number] for number in range(len(asked))]
+
+
 def script(seed: int, count: int, models: int) -> list[tuple[int, Generate]]:
     rng = np.random.default_rng(seed)
     at = 0
@@ -339,10 +347,7 @@ def test_random_decisions_in_real_time_change_no_token(closing: list[Fleet]) -> 
     linger(engine)
     s.gap_ns = 1_000_000
     engine.begin()
-    for number, one in enumerate(asked):
-        engine.submit(number, one)
-    run(engine, lambda: len(heard.finish) == len(asked))
-    assert [heard.tokens[n] for n in range(len(asked))] == wanted
+    assert together(engine, heard, asked) == wanted
     assert s.outs.sum() > 0 and s.preempted.sum() > 0 and s.stream_bytes.sum() > 0
     assert engine.transfers.prefetched > 0
     assert fleet.memory.peak_bytes <= fleet.memory.budget_bytes
@@ -971,10 +976,7 @@ def test_a_device_out_of_memory_loses_nothing(closing: list[Fleet]) -> None:
 
     runner.launch_decode = full  # type: ignore[method-assign]
     engine.begin()
-    for number, one in enumerate(asked):
-        engine.submit(number, one)
-    run(engine, lambda: len(heard.finish) == 4)
-    assert [heard.tokens[n] for n in range(4)] == wanted
+    assert together(engine, heard, asked) == wanted
     assert engine.node.state.preempted[0] > 0 and not engine.models[0].quarantined
 
 
@@ -998,10 +1000,7 @@ def test_a_load_that_finds_no_memory_loses_nothing(verbs: str, closing: list[Fle
 
     weights._range.materialise = full  # type: ignore[method-assign]
     engine.begin()
-    for number, one in enumerate(asked):
-        engine.submit(number, one)
-    run(engine, lambda: len(heard.finish) == 4)
-    assert [heard.tokens[n] for n in range(4)] == wanted and calls > 4
+    assert together(engine, heard, asked) == wanted and calls > 4
     assert not engine.models[0].quarantined
 
 
@@ -1164,10 +1163,7 @@ def test_no_token_changes_while_the_clock_jumps(
     closing.append(fleet)
     engine, heard = fleet.engine, Listener(fleet.engine)
     engine.begin()
-    for number, one in enumerate(asked):
-        engine.submit(number, one)
-    run(engine, lambda: len(heard.finish) == len(asked))
-    assert [heard.tokens[n] for n in range(len(asked))] == wanted
+    assert together(engine, heard, asked) == wanted
 
 
 def test_a_clock_that_jumps_back_does_no_harm(

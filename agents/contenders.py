@@ -16,7 +16,7 @@ from mmrl.agents import runs
 from mmrl.agents.export import DEFAULT, DESCRIPTION, load_policy
 from mmrl.bounds import PLANNERS, Planner
 from mmrl.errors import InputError, nearest
-from mmrl.rules import get_rule, rule_names
+from mmrl.rules import get_rule, rule_names, tuned_rule
 from mmrl.rules.base import Rule
 from mmrl.rules.registry import TUNED, tuned_for, tuned_params
 from mmrl.scenarios.registry import get_scenario
@@ -62,7 +62,7 @@ class Contender:
         if self.params is not None:
             return get_rule(self.rule, **dict(self.params))
         if self.tuned is not None:
-            return get_rule(self.rule, **(tuned_for(scenario, self.rule, self.tuned) or {}))
+            return tuned_rule(self.rule, scenario, self.tuned)
         return get_rule(self.rule)
 
     def planner_for(self, scenario: str) -> Planner:
@@ -75,7 +75,7 @@ class Contender:
 
 def champion_for(scenario: str) -> Rule:
     """Return the champion as tuned for a scenario, or else for any fleet."""
-    return get_rule(CHAMPION, **(tuned_for(scenario, CHAMPION) or {}))
+    return tuned_rule(CHAMPION, scenario)
 
 
 def _differs(scenario: str) -> bool:

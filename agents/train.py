@@ -27,8 +27,8 @@ from mmrl.agents.processes import NodeProcesses
 from mmrl.agents.state import go_on_from, read_state, restore
 from mmrl.errors import InputError
 from mmrl.files import write_json
-from mmrl.rules import Rule, get_rule
-from mmrl.rules.registry import ANY_FLEET, tuned_for
+from mmrl.rules import Rule, tuned_rule
+from mmrl.rules.registry import ANY_FLEET
 from mmrl.scenarios.registry import get_scenario
 from mmrl.scenarios.schema import Scenario
 
@@ -160,7 +160,7 @@ def _prior_rule(config: TrainConfig, scenarios: list[Scenario]) -> Rule | None:
     if config.prior is None:
         return None
     place = scenarios[0].name if len(scenarios) == 1 else ANY_FLEET
-    return get_rule(config.prior, **(tuned_for(place, config.prior) or {}))
+    return tuned_rule(config.prior, place)
 
 
 def _check_start(config: TrainConfig, start: ExportedPolicy, scenarios: list[Scenario]) -> None:

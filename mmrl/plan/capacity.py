@@ -21,8 +21,8 @@ from mmrl.errors import InputError
 from mmrl.node.state import MAX_MODELS
 from mmrl.plan.question import LEAST, MOST, Question, Site, scenario_at
 from mmrl.rollout import Episode, EpisodeResult, rollout
-from mmrl.rules import get_rule, rule_names
-from mmrl.rules.registry import ANY_FLEET, tuned_for
+from mmrl.rules import rule_names, tuned_rule
+from mmrl.rules.registry import ANY_FLEET
 from mmrl.scenarios.bank import CostBank
 from mmrl.scenarios.sampler import DoesNotFit, EpisodeSampler, TooManyRequests, read_bank
 from mmrl.scenarios.schema import Scenario
@@ -143,7 +143,7 @@ def rule_player(name: str) -> Player:
     Raises:
         InputError: There is no such rule.
     """
-    return partial(rollout, get_rule(name, **(tuned_for(ANY_FLEET, name) or {})))
+    return partial(rollout, tuned_rule(name, ANY_FLEET))
 
 
 def plan_site(

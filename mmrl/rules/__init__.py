@@ -1,7 +1,7 @@
 """Hand-written policies: each a class of named parameters with a compiled decision.
 
 ``get_rule("slack")`` has the parameters that were found on the training distribution;
-``tuned_for("h200-24", "slack")`` are those of one scenario. ``mmrl tune`` finds them.
+``tuned_rule("slack", "h200-24")`` those of one scenario. ``mmrl tune`` finds them.
 """
 
 from mmrl.rules.base import Rule
@@ -11,7 +11,7 @@ from mmrl.rules.gdsf import Gdsf
 from mmrl.rules.idle_cost import IdleCost
 from mmrl.rules.lru import Lru
 from mmrl.rules.partial import Partial
-from mmrl.rules.registry import get_rule, rule_class, rule_names
+from mmrl.rules.registry import get_rule, rule_class, rule_names, tuned_rule
 from mmrl.rules.setup_index import SetupIndex
 from mmrl.rules.slack import Slack
 from mmrl.rules.static import Static
@@ -30,4 +30,5 @@ __all__ = [
     "get_rule",
     "rule_class",
     "rule_names",
+    "tuned_rule",
 ]

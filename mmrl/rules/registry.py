@@ -110,6 +110,20 @@ def get_rule(name: str, **params: Any) -> Rule:
         raise _explain(rule, error) from None
 
 
+def tuned_rule(name: str, scenario: str, path: Path = TUNED) -> Rule:
+    """Return a rule as tuned for a scenario, or else for fleets of any kind, or else as it comes.
+
+    Args:
+        name: One of ``rule_names``.
+        scenario: Name of the scenario.
+        path: A file of `tuned_params`.
+
+    Raises:
+        InputError: There is no such rule, or the file cannot be used; see `tuned_for`.
+    """
+    return get_rule(name, **(tuned_for(scenario, name, path) or {}))
+
+
 def _explain(rule: type[Rule], error: ValidationError) -> InputError:
     first = error.errors(include_url=False)[0]
     field = str(first["loc"][0])

@@ -12,7 +12,7 @@ from mmrl.rollout import run_nodes
 from mmrl.rules import Rule, get_rule, rule_class, rule_names
 from mmrl.rules.base import MAX_PARAMS
 from mmrl.rules.dispatch import act
-from mmrl.rules.registry import tuned_for, tuned_params
+from mmrl.rules.registry import tuned_for, tuned_params, tuned_rule
 from mmrl.sim.kernel import advance, start, step
 from mmrl.tuning import draw_rule
 from tests.sim.scenes import MS, decode_table, prefill_table, random_scene
@@ -337,6 +337,6 @@ def test_what_does_not_exist_is_named(name: str, params: dict[str, Any], says: s
 def test_every_tuned_entry_makes_a_rule() -> None:
     for scenario, rules in tuned_params().items():
         for name, params in rules.items():
-            assert get_rule(name, **params).model_dump(include=set(params)) == params
+            assert tuned_rule(name, scenario).model_dump(include=set(params)) == params
             assert tuned_for(scenario, name) == params
             assert tuned_for("one's own", name) == tuned_params()["universal"].get(name)

@@ -468,6 +468,7 @@ MANY = {str(i): 1 for i in range(101)}
         ({**TEXT, "prompt": [[-1] * 3]}, "prompt"),
         ({**CHAT, **MANY}, None),
         ({**CHAT, "messages": [{**HELLO[0], **MANY}]}, "messages[0]"),
+        ({**CHAT, "messages": HELLO * 2049}, "messages"),
         ({**CHAT, "stream": True, "stream_options": MANY}, "stream_options"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else str(value),
@@ -482,6 +483,10 @@ def test_the_first_error_is_enough(body: dict[str, Any], param: str | None) -> N
     answer = from_validation(errors)
     assert (answer.status, answer.param) == (400, param)
     assert param is not None or "more than 100 parameters" in answer.message
+
+
+def test_a_conversation_has_2048_messages_at_most() -> None:
+    assert len(ChatRequest.model_validate({**CHAT, "messages": HELLO * 2048}).messages) == 2048
 
 
 @pytest.mark.parametrize("stream", [False, True])

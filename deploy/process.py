@@ -35,12 +35,14 @@ from mmrl.deploy.protocol import (
     Tokens,
     Unavailable,
 )
+from mmrl.deploy.watchdog import Watchdog
 from mmrl.errors import InputError, MmrlError, unknown
 
 PICTURE_S = 0.25  # time between two pictures of the node
 RESTART_S = 1.0  # before an engine that died is started again; doubled each time
 LONGEST_RESTART_S = 30.0
 STOP_S = 10.0  # that an engine has to end
+LATE_S = 1.0  # that an instant of the engine takes, until the log says where its threads are
 WATCH_S = 0.5  # between two looks whether the engine says something
 STALLED_S = 10.0  # of silence after which an engine that serves gets no requests
 HUNG_S = 60.0  # of silence after which it is ended, and another started
@@ -176,12 +178,14 @@ def serve_engine(pipe: Connection, config: ServeConfig, orders: Orders | None = 
 
     engine.inbox.waiting = show  # an instant may wait for an iteration to end
     verbs = "full" if engine.node.state.full_verbs else "core"
+    watchdog = Watchdog(LATE_S)
     pipe.send(("ready", fleet.infos, fleet.notes, verbs))
     threading.Thread(target=read, name="pipe", daemon=True).start()
     engine.begin()
     try:
         while running:
             engine.run_instant()
+            watchdog.beat()
             show()
     except BrokenPipeError:
         return

@@ -1,0 +1,69 @@
+"""The log says where a loop is that does not come round, once, and when it goes on."""
+
+import logging
+import threading
+import time
+
+import pytest
+
+from mmrl.deploy.watchdog import Watchdog, where
+
+
+def test_a_loop_that_stands_still_is_told_once_with_where_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate, told = threading.Event(), threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.set()
+
+    def stand_still() -> None:
+        gate.wait(60)
+        watchdog.beat()
+        watchdog.beat()
+
+    logger = logging.getLogger("mmrl.engine")
+    logger.addHandler(listener := Listener())
+    watchdog = Watchdog(after_s=0.05)
+    loop = threading.Thread(target=stand_still, name="the loop")
+    try:
+        loop.start()
+        assert told.wait(60)
+        time.sleep(0.2)  # in which it is not told again
+        gate.set()
+        loop.join()
+    finally:
+        watchdog.close()
+        logger.removeHandler(listener)
+    first, last = caplog.records[:2]  # it may be late once more before it is closed
+    assert first.getMessage().startswith("the loop has stood still for")
+    assert any("stand_still" in line for line in first.fields["threads"]["the loop"])  # type: ignore[attr-defined]
+    assert last.getMessage().startswith("the loop goes on, after")
+
+
+def test_a_loop_that_comes_round_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    watchdog = Watchdog(after_s=60)
+    watchdog.beat()
+    watchdog.close()
+    assert not caplog.records
+
+
+def test_where_threads_are_has_the_innermost_call_first() -> None:
+    gate, there = threading.Event(), threading.Event()
+
+    def inner() -> None:
+        there.set()
+        gate.wait(60)
+
+    def outer() -> None:
+        inner()
+
+    thread = threading.Thread(target=outer, name="nested")
+    thread.start()
+    assert there.wait(60)
+    stack = [line.rpartition(" ")[2] for line in where()["nested"]]
+    gate.set()
+    thread.join()
+    assert threading.current_thread().name not in where()
+    assert [name for name in stack if name in ("inner", "outer")] == ["inner", "outer"]

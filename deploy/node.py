@@ -252,6 +252,13 @@ class LiveNode:
         """Load all of a model if it fits; return whether it does."""
         return bool(transitions.preload_model(self.nodes, self.table, m))
 
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """What is another one whenever an iteration or a transfer has ended."""
+        s = self.state
+        tokens = int(s.decode_tokens.sum()), int(s.prefill_tokens.sum())
+        return *tokens, int(s.h2d_busy_ns), int(s.d2h_busy_ns)
+
     # ------------------------------------------------------------------ decisions
 
     def begin_decision(self) -> bool:

@@ -42,7 +42,8 @@ PICTURE_S = 0.25  # time between two pictures of the node
 RESTART_S = 1.0  # before an engine that died is started again; doubled each time
 LONGEST_RESTART_S = 30.0
 STOP_S = 10.0  # that an engine has to end
-LATE_S = 1.0  # that an instant of the engine takes, until the log says where its threads are
+STILL_S = 2.0  # without the end of anything, until the log says where the engine's threads are
+STILL_CPU_S = 60.0  # where one iteration may take long
 WATCH_S = 0.5  # between two looks whether the engine says something
 STALLED_S = 10.0  # of silence after which an engine that serves gets no requests
 HUNG_S = 60.0  # of silence after which it is ended, and another started
@@ -167,25 +168,28 @@ def serve_engine(pipe: Connection, config: ServeConfig, orders: Orders | None = 
             if kind == "stop":
                 return
 
-    pictured = 0.0
+    watchdog = Watchdog(STILL_CPU_S if fleet.device.type == "cpu" else STILL_S)
+    pictured, progress = 0.0, engine.node.progress
 
     def show() -> None:
-        nonlocal pictured
+        nonlocal pictured, progress
         now = time.monotonic()
-        if now - pictured >= PICTURE_S:
-            pictured = now
-            pipe.send(("state", fleet.picture()))
+        if now - pictured < PICTURE_S:
+            return
+        pictured = now
+        pipe.send(("state", fleet.picture()))
+        before, progress = progress, engine.node.progress
+        if progress != before or not engine.open_requests:
+            watchdog.beat()
 
     engine.inbox.waiting = show  # an instant may wait for an iteration to end
     verbs = "full" if engine.node.state.full_verbs else "core"
-    watchdog = Watchdog(LATE_S)
     pipe.send(("ready", fleet.infos, fleet.notes, verbs))
     threading.Thread(target=read, name="pipe", daemon=True).start()
     engine.begin()
     try:
         while running:
             engine.run_instant()
-            watchdog.beat()
             show()
     except BrokenPipeError:
         return
@@ -195,6 +199,7 @@ def serve_engine(pipe: Connection, config: ServeConfig, orders: Orders | None = 
     finally:
         with contextlib.suppress(OSError):
             pipe.send(("stopped",))
+        watchdog.close()
         engine.close()
 
 

@@ -1,6 +1,6 @@
-"""`Watchdog`: says where the threads of a process are while its loop does not come round.
+"""`Watchdog`: says where the threads of a process are while its node stands still.
 
-A loop that waits for a lock, for the driver of a GPU or for another thread looks from outside like
+A node that waits for a lock, for the driver of a GPU or for another thread looks from outside like
 one with nothing to do. Who runs it finds in the log how long it stood still, and where.
 """
 
@@ -31,10 +31,10 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
-        """Say that the loop has come round."""
+        """Say that the node has got on, or has nothing to do."""
         before, self._last_s = self._last_s, time.monotonic()
         if self._told_s == before:
-            log.error("the loop goes on, after %.1f s", self._last_s - before)
+            log.error("the node goes on, after %.1f s", self._last_s - before)
 
     def close(self) -> None:
         """Watch no more."""
@@ -48,7 +48,7 @@ class Watchdog:
                 continue
             self._told_s = last_s
             fields = {"threads": where()}
-            log.error("the loop has stood still for %.1f s", late_s, extra={"fields": fields})
+            log.error("the node has stood still for %.1f s", late_s, extra={"fields": fields})
 
 
 def where() -> dict[str, list[str]]:

@@ -50,6 +50,28 @@ def test_instances_of_one_checkpoint_share_their_weights(rig: Rig) -> None:
     assert rig.steps == [] and rig.transfers == []
 
 
+def test_progress_is_another_after_whatever_ends_and_the_same_while_nothing_does(rig: Rig) -> None:
+    first, seen = rig.names[0], [rig.node.progress]
+
+    def gets_on() -> bool:
+        if rig.node.progress != seen[-1]:
+            seen.append(rig.node.progress)
+        return rig.finished([number]) if number else False
+
+    number = 0
+    rig.level(first, LEVEL_100)
+    assert not gets_on() and len(seen) == 2
+    number = rig.submit(first, prompt=20, output=6)
+    rig.until(gets_on)
+    iterations = len(rig.steps)
+    assert len(seen) == 2 + iterations
+    for _ in range(3):
+        rig.engine.run_instant()
+    assert rig.node.progress == seen[-1]
+    rig.level(first, OUT)
+    rig.clear()
+
+
 def test_what_ran_is_recorded(rig: Rig) -> None:
     first = rig.names[0]
     rig.level(first, LEVEL_100)

@@ -1,4 +1,4 @@
-"""The log says where a loop is that does not come round, once, and when it goes on."""
+"""The log says where threads are while a node stands still, once, and when it goes on."""
 
 import logging
 import threading
@@ -9,7 +9,7 @@ import pytest
 from mmrl.deploy.watchdog import Watchdog, where
 
 
-def test_a_loop_that_stands_still_is_told_once_with_where_it_is(
+def test_a_node_that_stands_still_is_told_once_with_where_it_is(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     gate, told = threading.Event(), threading.Event()
@@ -37,12 +37,12 @@ def test_a_loop_that_stands_still_is_told_once_with_where_it_is(
         watchdog.close()
         logger.removeHandler(listener)
     first, last = caplog.records[:2]  # it may be late once more before it is closed
-    assert first.getMessage().startswith("the loop has stood still for")
+    assert first.getMessage().startswith("the node has stood still for")
     assert any("stand_still" in line for line in first.fields["threads"]["the loop"])  # type: ignore[attr-defined]
-    assert last.getMessage().startswith("the loop goes on, after")
+    assert last.getMessage().startswith("the node goes on, after")
 
 
-def test_a_loop_that_comes_round_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_node_that_gets_on_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
     watchdog = Watchdog(after_s=60)
     watchdog.beat()
     watchdog.close()

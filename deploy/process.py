@@ -169,17 +169,17 @@ def serve_engine(pipe: Connection, config: ServeConfig, orders: Orders | None = 
                 return
 
     watchdog = Watchdog(STILL_CPU_S if fleet.device.type == "cpu" else STILL_S)
-    pictured, progress = 0.0, engine.node.progress
+    pictured, got_to = 0.0, engine.node.progress
 
     def show() -> None:
-        nonlocal pictured, progress
+        nonlocal pictured, got_to
         now = time.monotonic()
         if now - pictured < PICTURE_S:
             return
         pictured = now
         pipe.send(("state", fleet.picture()))
-        before, progress = progress, engine.node.progress
-        if progress != before or not engine.open_requests:
+        before, got_to = got_to, engine.node.progress
+        if got_to != before or not engine.open_requests:
             watchdog.beat()
 
     engine.inbox.waiting = show  # an instant may wait for an iteration to end

@@ -101,7 +101,7 @@ def serve_engine(pipe: Connection, config: ServeConfig, orders: Orders | None = 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logs()
     try:
-        from mmrl.deploy.fleet import CHAMPION, find_policy, open_fleet
+        from mmrl.deploy.fleet import CHAMPION, open_fleet
 
         def progress(name: str, done: int, total: int) -> None:
             pipe.send(("loading", name, done, total))
@@ -121,6 +121,52 @@ def serve_engine(pipe: Connection, config: ServeConfig, orders: Orders | None = 
     engine.refuse = lambda number, kind, words: pipe.send(("refused", number, kind, words))
     engine.accept = lambda number: pipe.send(("accepted", number))
     running = True
+
+    def stop() -> None:
+        nonlocal running
+        running = False
+
+    watchdog = Watchdog(STILL_CPU_S if fleet.device.type == "cpu" else STILL_S)
+    pictured = 0.0
+
+    def show() -> None:
+        nonlocal pictured
+        now = time.monotonic()
+        if now - pictured >= PICTURE_S:
+            pictured = now
+            pipe.send(("state", fleet.picture()))
+            watchdog.see(engine.node.progress, engine.open_requests > 0)
+
+    engine.inbox.waiting = show  # an instant may wait for an iteration to end
+    verbs = "full" if engine.node.state.full_verbs else "core"
+    pipe.send(("ready", fleet.infos, fleet.notes, verbs))
+    threading.Thread(target=_listen, args=(pipe, engine, stop), name="pipe", daemon=True).start()
+    engine.begin()
+    try:
+        while running:
+            engine.run_instant()
+            show()
+    except BrokenPipeError:
+        return
+    except Exception:  # the front starts another engine
+        log.critical("the engine failed", exc_info=True)
+        raise SystemExit(1) from None
+    finally:
+        with contextlib.suppress(OSError):
+            pipe.send(("stopped",))
+        watchdog.close()
+        engine.close()
+
+
+def _listen(pipe: Connection, engine: Any, stop: Callable[[], None]) -> None:
+    """Hand what the front asks for to the loop, until it says stop or is gone.
+
+    Args:
+        pipe: To the front.
+        engine: The engine.
+        stop: Called by the loop then.
+    """
+    from mmrl.deploy.fleet import find_policy
 
     def answer(number: int, name: str, subject: str | None, policy: Any = None) -> None:
         result: dict[str, Any] = {}
@@ -142,65 +188,26 @@ def serve_engine(pipe: Connection, config: ServeConfig, orders: Orders | None = 
             policy = caught
         engine.call(functools.partial(answer, number, "policy", subject, policy))
 
-    def stop() -> None:
-        nonlocal running
-        running = False
-
-    def read() -> None:
-        handlers: dict[str, Callable[..., None]] = {
-            "generate": engine.submit,
-            "cancel": engine.cancel,
-            "command": answer,
-            "stop": stop,
-        }
-        while True:
-            try:
-                kind, *rest = pipe.recv()
-            except (EOFError, OSError):  # the front is gone
-                engine.call(stop)
-                return
-            if kind == "command" and rest[1] == "policy":
-                # A slow disk must hold up neither the loop nor what the front says next.
-                words = rest[0], str(rest[2])
-                threading.Thread(target=change_policy, args=words, daemon=True).start()
-                continue
-            engine.call(functools.partial(handlers[kind], *rest))
-            if kind == "stop":
-                return
-
-    watchdog = Watchdog(STILL_CPU_S if fleet.device.type == "cpu" else STILL_S)
-    pictured, got_to = 0.0, engine.node.progress
-
-    def show() -> None:
-        nonlocal pictured, got_to
-        now = time.monotonic()
-        if now - pictured < PICTURE_S:
+    handlers: dict[str, Callable[..., None]] = {
+        "generate": engine.submit,
+        "cancel": engine.cancel,
+        "command": answer,
+        "stop": stop,
+    }
+    while True:
+        try:
+            kind, *rest = pipe.recv()
+        except (EOFError, OSError):  # the front is gone
+            engine.call(stop)
             return
-        pictured = now
-        pipe.send(("state", fleet.picture()))
-        before, got_to = got_to, engine.node.progress
-        if got_to != before or not engine.open_requests:
-            watchdog.beat()
-
-    engine.inbox.waiting = show  # an instant may wait for an iteration to end
-    verbs = "full" if engine.node.state.full_verbs else "core"
-    pipe.send(("ready", fleet.infos, fleet.notes, verbs))
-    threading.Thread(target=read, name="pipe", daemon=True).start()
-    engine.begin()
-    try:
-        while running:
-            engine.run_instant()
-            show()
-    except BrokenPipeError:
-        return
-    except Exception:  # the front starts another engine
-        log.critical("the engine failed", exc_info=True)
-        raise SystemExit(1) from None
-    finally:
-        with contextlib.suppress(OSError):
-            pipe.send(("stopped",))
-        watchdog.close()
-        engine.close()
+        if kind == "command" and rest[1] == "policy":
+            # A slow disk must hold up neither the loop nor what the front says next.
+            words = rest[0], str(rest[2])
+            threading.Thread(target=change_policy, args=words, daemon=True).start()
+            continue
+        engine.call(functools.partial(handlers[kind], *rest))
+        if kind == "stop":
+            return
 
 
 def follow(engine: Any, orders: Orders) -> None:

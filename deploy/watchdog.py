@@ -17,7 +17,7 @@ log = logging.getLogger("mmrl.engine")
 
 
 class Watchdog:
-    """Logs an error when `beat` has not been called for long, and how long it was in the end.
+    """Logs an error when `see` has seen nothing new for long, and how long it was in the end.
 
     Args:
         after_s: How long, in seconds.
@@ -25,13 +25,22 @@ class Watchdog:
 
     def __init__(self, after_s: float) -> None:
         self._after_s = after_s
+        self._progress: object = None
         self._last_s = time.monotonic()
-        self._told_s: float | None = None  # the beat after which it stood still
+        self._told_s: float | None = None  # since when it stood still, as far as that was told
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self) -> None:
-        """Say that the node has got on, or has nothing to do."""
+    def see(self, progress: object, busy: bool) -> None:
+        """Look how far the node has got; to be called some times a second.
+
+        Args:
+            progress: Another one whenever it has got on.
+            busy: Whether it has something to do.
+        """
+        if busy and progress == self._progress:
+            return
+        self._progress = progress
         before, self._last_s = self._last_s, time.monotonic()
         if self._told_s == before:
             log.error("the node goes on, after %.1f s", self._last_s - before)

@@ -26,7 +26,7 @@ from mmrl.deploy.protocol import Sampling
 
 SEED = 2**63
 MOST_FIELDS = 100  # of an object; more than twice what is known
-MESSAGES = 2048  # of a conversation at most, as with OpenAI
+MOST_MESSAGES = 2048  # of a conversation at most, as with OpenAI
 
 
 class Request(BaseModel):
@@ -216,7 +216,7 @@ class NotSupportedInChat(NotSupported):
 class ChatRequest(GenerationRequest, NotSupportedInChat):
     """Body of ``/v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MESSAGES, fail_fast=True)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, description="Goes before max_tokens.")
 
 

@@ -9,8 +9,9 @@ import pytest
 from mmrl.deploy.watchdog import Watchdog, where
 
 
+@pytest.mark.parametrize("life", [(2, True), (1, False)], ids=["gets on", "has nothing to do"])
 def test_a_node_that_stands_still_is_told_once_with_where_it_is(
-    caplog: pytest.LogCaptureFixture,
+    life: tuple[int, bool], caplog: pytest.LogCaptureFixture
 ) -> None:
     gate, told = threading.Event(), threading.Event()
 
@@ -19,9 +20,10 @@ def test_a_node_that_stands_still_is_told_once_with_where_it_is(
             told.set()
 
     def stand_still() -> None:
-        gate.wait(60)
-        watchdog.beat()
-        watchdog.beat()
+        watchdog.see(1, True)
+        while not gate.wait(0.01):
+            watchdog.see(1, True)
+        watchdog.see(*life)
 
     logger = logging.getLogger("mmrl.engine")
     logger.addHandler(listener := Listener())
@@ -44,7 +46,7 @@ def test_a_node_that_stands_still_is_told_once_with_where_it_is(
 
 def test_a_node_that_gets_on_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
     watchdog = Watchdog(after_s=60)
-    watchdog.beat()
+    watchdog.see(1, True)
     watchdog.close()
     assert not caplog.records
 

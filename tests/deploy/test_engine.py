@@ -98,6 +98,20 @@ def fleet_of(models: list[Checkpoint], memory: float, clock: Any = None, **node:
     return fleet
 
 
+class Failing:
+    """A function that raises at some of its calls, which count from 1."""
+
+    def __init__(self, function: Callable[..., Any], error: Exception, *at: int) -> None:
+        self.function, self.error, self.at = function, error, at
+        self.calls = 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        if self.calls in self.at:
+            raise self.error
+        return self.function(*arguments)
+
+
 class Listener:
     """What the front hears."""
 
@@ -964,16 +978,9 @@ def test_a_device_out_of_memory_loses_nothing(closing: list[Fleet]) -> None:
     fleet = fleet_of(models, 3.0)
     closing.append(fleet)
     engine, heard = fleet.engine, Listener(fleet.engine)
-    runner, calls = engine.models[0].runner, 0
-    decode = runner.launch_decode
-
-    def full(batch: Any, resident: bool) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls in (5, 6, 20, 21):  # a step that ran ahead of the state is only dropped
-            raise OutOfDeviceMemory("no memory", "")
-        return decode(batch, resident)
-
+    runner = engine.models[0].runner
+    # A step that ran ahead of the state is only dropped.
+    full = Failing(runner.launch_decode, OutOfDeviceMemory("no memory", ""), 5, 6, 20, 21)
     runner.launch_decode = full  # type: ignore[method-assign]
     engine.begin()
     assert together(engine, heard, asked) == wanted
@@ -988,19 +995,11 @@ def test_a_load_that_finds_no_memory_loses_nothing(verbs: str, closing: list[Fle
     fleet = fleet_of(models, 3.0, verbs=verbs)
     closing.append(fleet)
     engine, heard = fleet.engine, Listener(fleet.engine)
-    weights, calls = engine.models[0].weights, 0
-    load = weights._range.materialise
-
-    def full(*bounds: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls in (3, 4):
-            raise OutOfDeviceMemory("no memory", "")
-        load(*bounds)
-
-    weights._range.materialise = full  # type: ignore[method-assign]
+    place = engine.models[0].weights._range
+    full = Failing(place.materialise, OutOfDeviceMemory("no memory", ""), 3, 4)
+    place.materialise = full  # type: ignore[method-assign]
     engine.begin()
-    assert together(engine, heard, asked) == wanted and calls > 4
+    assert together(engine, heard, asked) == wanted and full.calls > 4
     assert not engine.models[0].quarantined
 
 
@@ -1011,15 +1010,7 @@ def test_a_save_that_finds_no_room_is_computed_again(closing: list[Fleet]) -> No
     fleet = fleet_of(models, 3.0)
     closing.append(fleet)
     engine, heard, s = fleet.engine, Listener(fleet.engine), fleet.engine.node.state
-    save, calls = engine.host_kv.save, 0
-
-    def full(*arguments: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise HostFull("no room", "")
-        save(*arguments)
-
+    full = Failing(engine.host_kv.save, HostFull("no room", ""), 2)
     engine.host_kv.save = full  # type: ignore[method-assign]
     verb = decide_by_hand(engine)
     assert engine.preload(0)
@@ -1028,7 +1019,7 @@ def test_a_save_that_finds_no_room_is_computed_again(closing: list[Fleet]) -> No
         engine.submit(number, one)
     run(engine, lambda: all(len(heard.tokens.get(n, [])) > 2 for n in range(4)))
     verb(0, OUT)
-    run(engine, lambda: calls == 4 and s.saved[0] == 3)
+    run(engine, lambda: full.calls == 4 and s.saved[0] == 3)
     assert s.kv_dropped[0] == 1 and s.queue_len[0] == 1
     assert engine.preload(0)
     run(engine, lambda: len(heard.finish) == 4)

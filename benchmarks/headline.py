@@ -89,6 +89,12 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.concat(requests), pd.DataFrame(runs)
 
 
+def silence_s(requests: pd.DataFrame, policy: str) -> float:
+    """Return the longest time of a policy's runs in which nobody got a token, s."""
+    runs = requests[requests.policy == policy].groupby("repeat").chunk_s
+    return max(float(np.diff(np.sort(np.concatenate(list(run)))).max()) for _, run in runs)
+
+
 def blocks(requests: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return requests and good ones, a row per block of arrivals and a column per policy."""
     block = (requests.scheduled_s // BLOCK_S).astype(int)
@@ -120,6 +126,7 @@ def table(requests: pd.DataFrame, runs: pd.DataFrame) -> list[dict[str, Any]]:
             "requests": int(counts[policy].sum()),
             "live": mine.loc[True].to_dict(),
             "simulated": mine.loc[False].to_dict(),
+            "longest_silence_s": silence_s(requests, policy),
             "goodput": bootstrap(index, partial(share, policy)),
         }
         if learned is not None and learned != policy:
@@ -206,7 +213,8 @@ if __name__ == "__main__":
             f"[{low:.1f}, {high:.1f}] (simulated {100 * simulated['goodput']:.1f}), "
             f"normalised latency {live['norm_latency']:.1f} ({simulated['norm_latency']:.1f}), "
             f"TTFT p99 {live['ttft_p99_s']:.1f} s ({simulated['ttft_p99_s']:.1f}), "
-            f"loads/s {live['loads_per_s']:.2f} ({simulated['loads_per_s']:.2f})"
+            f"loads/s {live['loads_per_s']:.2f} ({simulated['loads_per_s']:.2f}), "
+            f"nobody got a token for {row['longest_silence_s']:.1f} s at most"
         )
         if "learned_leads_by" in row:
             lead, low, high = (100 * each for each in row["learned_leads_by"])
